@@ -1,0 +1,63 @@
+# `make` lists the targets. Needs Python >= 3.11 with pip; everything else goes into .venv.
+PYTHON ?=
+BIN := .venv/bin
+
+# Install in .venv what pip calls $(1); .venv itself is made when it is missing or was left half made.
+# A Python without ensurepip (Debian splits it off) lends its own pip instead.
+define install
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+	  for py in $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python); do \
+	    $$py -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && break; py=; \
+	  done; \
+	  if [ -z "$$py" ]; then \
+	    echo "error: no Python >= 3.11 among: $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python)" >&2; \
+	    echo "       install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; \
+	  fi; \
+	  echo "making .venv with $$($$py --version), $$py"; \
+	  $$py -m venv --clear .venv >/dev/null 2>&1 || { \
+	    $$py -m venv --clear --without-pip .venv && $$py -m pip --python $(BIN)/python install --quiet pip; \
+	  } || { echo "error: $$py could make no .venv; it needs the modules venv and pip" >&2; rm -rf .venv; exit 1; }; \
+	}
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --quiet --editable '$(1)'
+	@touch $@
+endef
+
+# A command that a user would type, printed as he would type it.
+mlfs = @printf '\n$$ mlfs %s\n' '$(1)'; $(BIN)/mlfs $(1)
+
+.PHONY: help setup demo test lint format clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' Makefile
+
+setup: .venv/.test  ## .venv with the package (editable) and all that the tests need
+
+.venv/.test: setup.cfg
+	$(call install,.[test])
+	@touch .venv/.core
+
+.venv/.core: setup.cfg
+	$(call install,.)
+
+demo: .venv/.core  ## fetch a model and data, fit a small palette, show, export and verify it (runs/demo)
+	@rm -rf runs/demo exported/quarter
+	$(call mlfs,fetch minilm-l6 wiki)
+	$(call mlfs,fit --model minilm-l6 --task wiki-topic --out runs/demo --preset demo)
+	$(call mlfs,palette runs/demo)
+	$(call mlfs,export runs/demo --subnet quarter --to exported/quarter)
+	$(call mlfs,verify exported/quarter --against runs/demo)
+	$(call mlfs,info runs/demo)
+
+test: .venv/.test  ## the tests; ARGS="-m slow" for the slow ones, ARGS="-k name" for some
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/.test  ## ruff
+	$(BIN)/ruff check .
+
+format: .venv/.test  ## let ruff sort the imports and lay out the code
+	$(BIN)/ruff check --select I --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove .venv, runs, exported and the caches
+	rm -rf .venv runs exported build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
