@@ -1,0 +1,94 @@
+"""Layers whose weights carry the names of their axes.
+
+The names (``layers embed heads head_dim mlp vocab embedding labels ...``) are the only thing that LoRA shapes,
+subnet masks, slicing, export and sharding look at: a new architecture declares its axes and gets all five.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+Dims = dict[str, int]
+"""Axis name -> size, in order."""
+
+ACTIVATIONS = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": jax.nn.gelu,
+    "gelu_pytorch_tanh": jax.nn.gelu,
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+
+
+def weight(init, dims: list[tuple[str, int]], rngs: nnx.Rngs) -> nnx.Param:
+    """A parameter of the given shape that knows the names of its axes."""
+    axes, shape = tuple(name for name, _ in dims), tuple(size for _, size in dims)
+    return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes)
+
+
+_normal = nnx.initializers.normal(0.02)
+_zeros = nnx.initializers.zeros
+_ones = nnx.initializers.ones
+
+
+class Linear(nnx.Module):
+    """``y[..., *out] = x[..., *in] . kernel[*in, *out] + bias[*out]``, plus a low-rank pair given at the call.
+
+    ``stack`` puts leading axes before both (the layer axis of a scanned block).
+    """
+
+    def __init__(
+        self, dims_in: Dims, dims_out: Dims, *, rngs: nnx.Rngs, stack: Dims | None = None, bias: bool = True
+    ):
+        stack = stack or {}
+        self.n_in = len(dims_in)
+        kernel = [*stack.items(), *dims_in.items(), *dims_out.items()]
+        self.kernel = weight(_normal, kernel, rngs)
+        self.bias = weight(_zeros, [*stack.items(), *dims_out.items()], rngs) if bias else None
+
+    def __call__(self, x: Float[Array, "... in"], lora: dict | None = None) -> Float[Array, "... out"]:
+        y = jnp.tensordot(x, self.kernel[...], axes=self.n_in)
+        if lora is not None:
+            y += jnp.tensordot(jnp.tensordot(x, lora["a"], axes=self.n_in), lora["b"], axes=1)
+        return y if self.bias is None else y + self.bias[...]
+
+
+class Embed(nnx.Module):
+    """A table of vectors, ``table[rows, width]``."""
+
+    def __init__(self, rows: Dims, width: Dims, *, rngs: nnx.Rngs):
+        self.table = weight(_normal, [*rows.items(), *width.items()], rngs)
+
+    def __call__(self, ids):
+        return self.table[...][ids]
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation over the channels that a subnet keeps, in fp32.
+
+    ``keep`` is a 0/1 vector over channels. Mean and variance divide by the kept count, so that the masked norm equals
+    the norm of the physically sliced model; dropped channels come out as exact zeros.
+    """
+
+    def __init__(self, dims: Dims, *, eps: float, rngs: nnx.Rngs, stack: Dims | None = None):
+        shape = [*(stack or {}).items(), *dims.items()]
+        self.eps = eps
+        self.scale = weight(_ones, shape, rngs)
+        self.bias = weight(_zeros, shape, rngs)
+
+    def __call__(
+        self, x: Float[Array, "... D"], keep: Float[Array, " D"] | None = None
+    ) -> Float[Array, "... D"]:
+        dtype, x = x.dtype, x.astype(jnp.float32)
+        count = x.shape[-1] if keep is None else keep.sum()
+        x = x if keep is None else x * keep
+        centred = x - x.sum(-1, keepdims=True) / count
+        centred = centred if keep is None else centred * keep
+        y = centred * jax.lax.rsqrt((centred**2).sum(-1, keepdims=True) / count + self.eps)
+        y = y * self.scale[...] + self.bias[...]
+        return (y if keep is None else y * keep).astype(dtype)

@@ -1,0 +1,74 @@
+"""The trees that meet in a forward pass, and how their leaves are named.
+
+A *base* is an ``nnx.State`` of ``nnx.Param`` leaves, each with the names of its axes. Everything that walks a base
+(slicing, importance, export, LoRA shapes) walks it as ``flatten`` shows it: dotted name -> Param.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+STACKED = "layers"
+"""Axis over which the blocks of a network are stacked and scanned, and the prefix of their names."""
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["embed", "heads", "mlp", "layers"], meta_fields=[])
+@dataclass(frozen=True)
+class Mask:
+    """Which part of the supernet a subnet keeps: data, not code (0/1 vectors; ``layers`` is boolean).
+
+    A registered pytree, so masks of many subnets stack, scan and vmap like any other argument.
+    """
+
+    embed: Float[Array, " D"]
+    heads: Float[Array, "L N"]
+    mlp: Float[Array, "L F"]
+    layers: Bool[Array, " L"]
+
+    def per_layer(self, layers: int) -> Mask:
+        """The same mask with a leading layer axis on every leaf, for the scan over layers."""
+        return Mask(
+            jnp.broadcast_to(self.embed, (layers, *self.embed.shape)), self.heads, self.mlp, self.layers
+        )
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["logits", "hidden", "taps"], meta_fields=[])
+@dataclass(frozen=True)
+class Output:
+    """What a forward pass gives.
+
+    Attributes:
+        logits: [B, C] for a sequence head, [B, T, C] or [B, T, V] for a token or masked-LM head, the pooled [B, D] of
+            a model that has a pooler and no head, else None.
+        hidden: [B, T, D], the last layer's output.
+        taps: [L, B, T, D], every layer's output, when asked for (a skipped layer repeats its input).
+    """
+
+    logits: Array | None
+    hidden: Float[Array, "B T D"]
+    taps: Float[Array, "L B T D"] | None
+
+
+def flatten(base: nnx.State) -> dict[str, nnx.Param]:
+    """Dotted name -> Param, e.g. ``"layers.q.kernel"``."""
+    return {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(base)}
+
+
+def map_named(f: Callable[[str, nnx.Param], Array], base: nnx.State) -> nnx.State:
+    """A base of the same structure and axes whose leaf ``name`` holds ``f(name, param)``."""
+    flat = nnx.to_flat_state(base)
+    return nnx.from_flat_state(
+        [(path, leaf.replace(f(".".join(map(str, path)), leaf))) for path, leaf in flat]
+    )
+
+
+def under(tree: Mapping, prefix: str) -> dict:
+    """The entries of a ``{dotted name: ...}`` mapping below ``prefix``, with the prefix taken off."""
+    return {name[len(prefix) + 1 :]: entry for name, entry in tree.items() if name.startswith(prefix + ".")}

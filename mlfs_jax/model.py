@@ -1,0 +1,127 @@
+"""A pretrained network as data: config, graphdef, base; and ``forward``, the one pure function of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+from flax import nnx
+from jaxtyping import Array
+
+from mlfs_jax.backbone.encoder import Encoder
+from mlfs_jax.backbone.tree import Mask, Output, flatten, map_named
+from mlfs_jax.config import EncoderConfig
+from mlfs_jax.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network with its frozen weights.
+
+    Attributes:
+        config: what it is.
+        graphdef: its structure; static and hashable, so it goes into ``jax.jit`` as a static argument.
+        base: its weights, an ``nnx.State`` of ``nnx.Param`` with named axes.
+        name: for people.
+        source: folder of the Hugging Face checkpoint it came from (tokenizer files live there), if any.
+    """
+
+    config: EncoderConfig
+    graphdef: nnx.GraphDef
+    base: nnx.State
+    name: str = "model"
+    source: Path | None = None
+
+    def replace(self, **changes) -> Model:
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def num_params(self) -> int:
+        return sum(leaf[...].size for leaf in flatten(self.base).values())
+
+
+def abstract(config: EncoderConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    """Structure and abstract weights (shapes, dtypes, axes) of a network; nothing is allocated."""
+    return nnx.split(nnx.eval_shape(lambda: Encoder(config, rngs=nnx.Rngs(0))))
+
+
+def init_weights(config: EncoderConfig, key: Array, names: tuple[str, ...] | None = None) -> dict[str, Array]:
+    """Freshly initialised weights, by dotted name; only those in ``names`` when given.
+
+    The whole network is traced and the compiler drops what is not asked for, so a new head on a large model costs
+    the head alone.
+    """
+
+    @jax.jit
+    def init(key):
+        flat = flatten(nnx.state(Encoder(config, rngs=nnx.Rngs(params=key))))
+        return {name: leaf[...] for name, leaf in flat.items() if names is None or name in names}
+
+    return init(key)
+
+
+def build(config: EncoderConfig, weights: Mapping[str, Array], **fields) -> Model:
+    """A model from weights by dotted name.
+
+    Raises:
+        CheckpointError: a name is missing or unknown, or a shape is not the config's; the message names it.
+    """
+    graphdef, base = abstract(config)
+    wanted = flatten(base)
+    for problem, names in (
+        ("missing", wanted.keys() - weights.keys()),
+        ("unknown", weights.keys() - wanted.keys()),
+    ):
+        if names:
+            raise CheckpointError(
+                f"{problem} weights for this {config.family} config: {', '.join(sorted(names))}."
+            )
+    for name, spec in wanted.items():
+        if weights[name].shape != spec.shape:
+            raise CheckpointError(
+                f"{name} has shape {weights[name].shape}; this config expects {spec.shape}."
+            )
+    return Model(config, graphdef, map_named(lambda name, _: weights[name], base), **fields)
+
+
+def init_model(config: EncoderConfig, key: Array, **fields) -> Model:
+    """A model with random weights (tests, baselines that start from scratch)."""
+    return build(config, init_weights(config, key), **fields)
+
+
+@partial(jax.jit, static_argnames=("graphdef", "taps", "remat", "unroll"))
+def forward(
+    graphdef: nnx.GraphDef,
+    base: nnx.State,
+    batch: Mapping[str, Array],
+    *,
+    lora: Mapping[str, dict] | None = None,
+    mask: Mask | None = None,
+    taps: bool = False,
+    remat: bool = False,
+    unroll: bool = False,
+) -> Output:
+    """Run the network: a pure function of (base, lora, mask, batch); jit, vmap, grad as you like.
+
+    Args:
+        batch: ``input_ids`` and ``attention_mask``, int [B, T], as a Hugging Face tokenizer gives them;
+            ``token_type_ids`` if the model has types. Other entries (labels) are ignored.
+        lora: low-rank pairs and full deltas by site, see :mod:`mlfs_jax.lora`.
+        mask: the subnet to run, see :func:`mlfs_jax.make_mask`; None runs the maxnet.
+        taps: also return every layer's output.
+        remat: recompute each layer in the backward pass instead of keeping its activations.
+        unroll: unroll the scan over layers (``cost_analysis()`` counts the body of a scan once).
+    """
+    pairs, deltas = {}, {}
+    for site, entry in (lora or {}).items():
+        if "a" in entry:
+            pairs[site] = entry
+        deltas |= {f"{site}.{leaf}": value for leaf, value in entry.items() if leaf not in ("a", "b")}
+    if deltas:
+        base = map_named(lambda name, leaf: leaf[...] + deltas[name] if name in deltas else leaf[...], base)
+    batch = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
+    return nnx.merge(graphdef, base)(batch, pairs, mask, taps=taps, remat=remat, unroll=unroll)
