@@ -1,0 +1,119 @@
+"""Order and padding: which examples make which batch, as a pure function of (seed, step)."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mlfs_jax.data.encode import Encoded
+from mlfs_jax.errors import ConfigError
+
+BUCKETS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+
+
+def buckets_up_to(max_length: int, buckets: Sequence[int] = BUCKETS) -> tuple[int, ...]:
+    """The widths a batch may have: the `buckets` below `max_length`, and `max_length` itself."""
+    return (*sorted(b for b in set(buckets) if b < max_length), max_length)
+
+
+def pad(encoded: Encoded, rows: Sequence[int], width: int) -> dict[str, np.ndarray]:
+    """The examples `rows` as int32 arrays [len(rows), width], plus labels [len(rows)] (int32, or float32 scores)."""
+    ids = np.full((len(rows), width), encoded.pad_id, np.int32)
+    mask = np.zeros((len(rows), width), np.int32)
+    types = None if encoded.types is None else np.zeros((len(rows), width), np.int32)
+    for r, i in enumerate(rows):
+        start, end = encoded.offsets[i], encoded.offsets[i + 1]
+        ids[r, : end - start] = encoded.ids[start:end]
+        mask[r, : end - start] = 1
+        if types is not None:
+            types[r, : end - start] = encoded.types[start:end]
+    batch = {"input_ids": ids, "attention_mask": mask}
+    if types is not None:
+        batch["token_type_ids"] = types
+    return batch | {"labels": encoded.labels[np.asarray(rows)]}
+
+
+class Batches:
+    """Endless training batches by random access: `batches[step]` depends on (seed, step) and on nothing before it.
+
+    Resuming at any step therefore needs no state. Every epoch is a new shuffle without replacement; the last
+    len(encoded) % batch_size examples of a shuffle are left out of that epoch. Within a window of `window` batches
+    the examples are grouped by length, so that little is padding; then the batches are shuffled. Every batch is padded to
+    one of `buckets`, so a jitted step compiles at most len(buckets) times.
+    """
+
+    def __init__(
+        self,
+        encoded: Encoded,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        buckets: Sequence[int] = BUCKETS,
+        window: int = 50,
+    ):
+        if not 1 <= batch_size <= len(encoded):
+            raise ConfigError(f"batch_size is {batch_size}; expected 1 to {len(encoded)}, the number of examples.")
+        if window < 1:
+            raise ConfigError(f"window is {window}; expected at least 1 batch.")
+        if seed < 0:
+            raise ConfigError(f"seed is {seed}; expected 0 or more.")
+        self.encoded, self.batch_size, self.seed, self.window = encoded, batch_size, seed, window
+        self.buckets = buckets_up_to(encoded.max_length, buckets)
+        self._lengths = encoded.lengths
+        self._last: tuple[int, np.ndarray] | None = None  # (epoch, its rows): neighbours share an epoch
+
+    @property
+    def num_examples(self) -> int:
+        return len(self.encoded)
+
+    @property
+    def epoch_steps(self) -> int:
+        """Batches in one epoch."""
+        return len(self.encoded) // self.batch_size
+
+    def rows(self, step: int) -> np.ndarray:
+        """The example numbers [B] of the batch at `step`."""
+        if step < 0:
+            raise ConfigError(f"step is {step}; expected 0 or more.")
+        epoch, index = divmod(step, self.epoch_steps)
+        if self._last is None or self._last[0] != epoch:
+            self._last = (epoch, self._epoch_rows(epoch))
+        return self._last[1][index]
+
+    def _epoch_rows(self, epoch: int) -> np.ndarray:
+        rng = np.random.default_rng([self.seed, epoch])
+        order = rng.permutation(len(self.encoded))[: self.epoch_steps * self.batch_size]
+        size = self.window * self.batch_size
+        windows = [order[i : i + size] for i in range(0, len(order), size)]
+        grouped = np.concatenate([w[np.argsort(self._lengths[w], kind="stable")] for w in windows])
+        return rng.permutation(grouped.reshape(self.epoch_steps, self.batch_size), axis=0)
+
+    def width(self, step: int) -> int:
+        """The bucket that the batch at `step` is padded to."""
+        return _bucket(self._lengths[self.rows(step)].max(), self.buckets)
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        """input_ids, attention_mask and, where the model has types, token_type_ids: int32 [B, T]; labels [B]."""
+        return pad(self.encoded, self.rows(step), self.width(step))
+
+
+def _bucket(length: int, buckets: Sequence[int]) -> int:
+    return next(b for b in buckets if b >= length)
+
+
+def eval_batches(encoded: Encoded, batch_size: int, *, buckets: Sequence[int] = BUCKETS) -> list[dict[str, np.ndarray]]:
+    """Every example once, shortest first, in batches of exactly `batch_size` rows.
+
+    As `Batches`, plus `weight` float32 [B]: 1 for an example, 0 for a row that only fills up the last batch.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size}; expected at least 1.")
+    widths, lengths = buckets_up_to(encoded.max_length, buckets), encoded.lengths
+    order = np.argsort(lengths, kind="stable")
+    batches = []
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        weight = np.zeros(batch_size, np.float32)
+        weight[: len(rows)] = 1
+        filled = np.concatenate([rows, np.full(batch_size - len(rows), rows[0])])  # a real text: no empty attention
+        batches.append(pad(encoded, filled, _bucket(lengths[rows].max(), widths)) | {"weight": weight})
+    return batches

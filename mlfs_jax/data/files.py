@@ -1,0 +1,184 @@
+"""The user's own data: .jsonl and .csv files with the fields text, label and perhaps text_pair."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from mlfs_jax.data.examples import Examples, split_by_hash
+from mlfs_jax.errors import ConfigError, DataError
+
+
+class Row(NamedTuple):
+    line: int  # in the file, from 1
+    text: str
+    pair: str | None
+    label: str | int | float
+
+
+def read_splits(
+    path: Path, problem: str | None, labels: Sequence[str] | None
+) -> tuple[str, tuple[str, ...], dict[str, Examples]]:
+    """(problem, label names, splits) of a file, split by hash, or of a folder with train.*, validation.*, test.*.
+
+    Strings and whole numbers are classes (sorted, if `labels` does not say), fractions are scores to regress on.
+    """
+    if labels is not None and problem == "regression":
+        raise ConfigError("labels are the names of classes; with problem='regression' leave them out.")
+    if path.is_dir():
+        found = {s: _find(path, s) for s in ("train", "validation", "test")}
+        if found["train"] is None or found["validation"] is None:
+            raise DataError(f"{path} has no train or no validation file; expected train.jsonl (or .csv) and "
+                            "validation.jsonl, or give one file, which is then split by a hash of the text.")
+        tables = {split: (file, read_rows(file)) for split, file in found.items() if file}
+    else:
+        tables = {"train": (path, read_rows(path))}
+    file, rows = tables["train"]
+    problem = problem or ("regression" if any(isinstance(r.label, float) for r in rows) else "classification")
+    names = _label_names(file, rows, labels) if problem == "classification" else ()
+    splits = {split: _examples(*table, problem, names) for split, table in tables.items()}
+    if not path.is_dir():
+        splits = split_by_hash(splits["train"])
+        empty = [split for split in splits if not len(splits[split])]
+        if empty:
+            raise DataError(f"{path}: {len(rows)} rows are too few to split 80/10/10, {' and '.join(empty)} would be empty; "
+                            "add rows, or give a folder with train.*, validation.* (and test.*) files.")
+    if problem == "classification" and len(np.unique(splits["train"].labels)) < 2:
+        raise DataError(f"{file}: the training rows have a single class, {names[splits['train'].labels[0]]!r}; "
+                        "nothing can be learnt from them.")
+    return problem, names, splits
+
+
+def _find(folder: Path, split: str) -> Path | None:
+    files = [folder / f"{split}{suffix}" for suffix in READERS if (folder / f"{split}{suffix}").is_file()]
+    if len(files) > 1:
+        raise DataError(f"{folder} has both {files[0].name} and {files[1].name}; keep one.")
+    return files[0] if files else None
+
+
+def read_rows(file: Path) -> list[Row]:
+    """The rows of a .jsonl or .csv file; raises `DataError` naming the file and the line."""
+    if file.suffix not in READERS:
+        raise DataError(f"{file} is not a data file: expected one of {', '.join(READERS)}.")
+    try:
+        raw = file.read_bytes()
+    except OSError as e:
+        raise DataError(f"{file} cannot be read: {e.strerror}.") from e
+    try:
+        content = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        line = raw[: e.start].count(b"\n") + 1
+        raise DataError(f"{file}, line {line}: not UTF-8 (byte 0x{raw[e.start]:02x}); save the file as UTF-8.") from e
+    if not content.strip():
+        raise DataError(f"{file}, line 1: the file is empty; expected rows with the fields text and label.")
+    rows = READERS[file.suffix](file, content)
+    if not rows:
+        raise DataError(f"{file}, line 2: there are no rows below the header.")
+    numbers = {type(r.label) for r in rows}
+    if str in numbers and numbers != {str}:
+        odd = next(r for r in rows if isinstance(r.label, str) != isinstance(rows[0].label, str))
+        raise DataError(f"{file}, line {odd.line}: label {odd.label!r}, but line {rows[0].line} has "
+                        f"{rows[0].label!r}; labels are all strings or all numbers.")
+    if any((r.pair is None) != (rows[0].pair is None) for r in rows):
+        odd = next(r for r in rows if (r.pair is None) != (rows[0].pair is None))
+        raise DataError(f"{file}, line {odd.line}: some rows have a text_pair and some have none.")
+    return rows
+
+
+def _read_jsonl(file: Path, content: str) -> list[Row]:
+    rows = []
+    for line, text in enumerate(content.split("\n"), 1):
+        if not text.strip():
+            continue
+        try:
+            record = json.loads(text)
+        except json.JSONDecodeError as e:
+            raise DataError(f"{file}, line {line}: not JSON: {e.msg} at column {e.colno}.") from e
+        if not isinstance(record, dict):
+            raise DataError(f"{file}, line {line}: expected an object with text and label, got {text.strip()[:40]!r}.")
+        rows.append(_row(file, line, record))
+    return rows
+
+
+def _read_csv(file: Path, content: str) -> list[Row]:
+    reader = csv.DictReader(io.StringIO(content, newline=""), strict=True)
+    records = []
+    try:
+        header = reader.fieldnames or []
+        missing = {"text", "label"} - set(header)
+        if missing:
+            raise DataError(f"{file}, line 1: no column {' and '.join(sorted(missing))}; the header has {header}.")
+        for record in reader:
+            if None in record or None in record.values():
+                raise DataError(f"{file}, line {reader.line_num}: expected {len(header)} fields; "
+                                "quote texts that hold a comma.")
+            records.append((reader.line_num, record))
+    except csv.Error as e:
+        raise DataError(f"{file}, line {reader.line_num}: not CSV: {e}.") from e
+    # A CSV has no types: the labels are numbers if every one of them reads as a number.
+    for number in (int, float):
+        try:
+            typed = [number(record["label"]) for _, record in records]
+        except ValueError:
+            continue
+        records = [(line, record | {"label": label}) for (line, record), label in zip(records, typed, strict=True)]
+        break
+    return [_row(file, line, record) for line, record in records]
+
+
+READERS = {".jsonl": _read_jsonl, ".csv": _read_csv}
+
+
+def _row(file: Path, line: int, record: dict) -> Row:
+    for field in ("text", "label"):
+        if record.get(field) is None:
+            raise DataError(f"{file}, line {line}: no field {field!r}; it has {sorted(record)}.")
+    text, pair, label = record["text"], record.get("text_pair"), record["label"]
+    for field, value in (("text", text), ("text_pair", pair)):
+        if field in record and value is not None and (not isinstance(value, str) or not value.strip()):
+            raise DataError(f"{file}, line {line}: {field} is {value!r}; expected a text that is not empty.")
+    if isinstance(label, bool):
+        label = int(label)
+    if not isinstance(label, str | int | float) or label == "" or (isinstance(label, float) and not math.isfinite(label)):
+        raise DataError(f"{file}, line {line}: label is {label!r}; expected a class (string or whole number) or a "
+                        "finite score.")
+    return Row(line, text, pair, label)
+
+
+def _label_names(file: Path, rows: list[Row], labels: Sequence[str] | None) -> tuple[str, ...]:
+    if labels is None:
+        return tuple(str(v) for v in sorted({r.label for r in rows}))
+    if len(set(labels)) != len(labels) or len(labels) < 2:
+        raise ConfigError(f"labels are {tuple(labels)}; expected two or more different names.")
+    names = tuple(str(v) for v in labels)
+    if isinstance(rows[0].label, str) or set(names) >= {str(r.label) for r in rows}:
+        return names
+    for r in rows:  # whole numbers that are not names are indices
+        if not isinstance(r.label, int) or not 0 <= r.label < len(names):
+            raise DataError(f"{file}, line {r.line}: label {r.label!r} is outside 0..{len(names) - 1} ({', '.join(names)}).")
+    return names
+
+
+def _examples(file: Path, rows: list[Row], problem: str, names: tuple[str, ...]) -> Examples:
+    pairs = None if rows[0].pair is None else [r.pair for r in rows]
+    texts = [r.text for r in rows]
+    if problem == "regression":
+        for r in rows:
+            if isinstance(r.label, str):
+                raise DataError(f"{file}, line {r.line}: label {r.label!r} is not a number, as regression needs.")
+        return Examples(texts, np.array([r.label for r in rows], np.float32), pairs)
+    index = {name: i for i, name in enumerate(names)}
+    by_index = not isinstance(rows[0].label, str) and not set(index) >= {str(r.label) for r in rows}
+    classes = []
+    for r in rows:
+        i = r.label if by_index and isinstance(r.label, int) else index.get(str(r.label), -1)
+        if not 0 <= i < len(names):
+            raise DataError(f"{file}, line {r.line}: label {r.label!r} is outside the known labels "
+                            f"({', '.join(names[:20])}).")
+        classes.append(i)
+    return Examples(texts, np.array(classes, np.int32), pairs)

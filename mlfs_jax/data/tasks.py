@@ -1,0 +1,127 @@
+"""Tasks: where the text and labels come from, what the labels mean, and which metric counts."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mlfs_jax import metrics, registry
+from mlfs_jax.data import files
+from mlfs_jax.data.examples import Examples, split_by_hash
+from mlfs_jax.data.glue import GLUE, read_glue
+from mlfs_jax.errors import ConfigError, DataError, unknown
+
+__all__ = ["Examples", "Task", "get_task", "task_names"]
+
+WIKI_TOPICS = (
+    "Arts",
+    "Biology and health sciences",
+    "Everyday life",
+    "Geography",
+    "History",
+    "Mathematics",
+    "People",
+    "Philosophy and religion",
+    "Physical sciences",
+    "Society and social sciences",
+    "Technology",
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task: `read()` gives {"train": Examples, "validation": ..., and "test" where its labels are public}."""
+
+    name: str
+    read: Callable[[], dict[str, Examples]]
+    problem: str  # "classification" | "regression"
+    labels: tuple[str, ...]  # class names in index order; () for regression
+    metric: str  # a name in metrics.METRICS
+    max_length: int  # tokens; longer texts are cut
+    description: str = ""
+
+    def __post_init__(self):
+        if self.problem not in ("classification", "regression"):
+            raise ConfigError(f"problem is {self.problem!r}; expected 'classification' or 'regression'.")
+        metrics.get_metric(self.metric)
+
+    @property
+    def num_labels(self) -> int:
+        """C, the width of the model's output: the number of classes, or 1 for regression."""
+        return len(self.labels) if self.problem == "classification" else 1
+
+
+def task_names() -> tuple[str, ...]:
+    """The names `get_task` knows; paths of .jsonl and .csv files, and folders of them, come on top."""
+    return ("wiki-topic", "movie", *GLUE)
+
+
+def get_task(
+    name_or_path: str | Path,
+    *,
+    problem: str | None = None,
+    labels: Sequence[str] | None = None,
+    metric: str | None = None,
+    max_length: int | None = None,
+    data_dir: str | Path | None = None,
+) -> Task:
+    """The task called `name_or_path`, or the task in the user's own files.
+
+    Own files: a .jsonl or .csv file with the fields text, label and, for pairs, text_pair (split by a hash of the text),
+    or a folder with train.*, validation.* and perhaps test.*. `problem` and `labels` (class names in index order) are
+    inferred where not given; they, and `data_dir` (of tensorflow-datasets, for glue/*), apply only where they make sense.
+    Raises `UnknownNameError` with the nearest names, `DataError` with the file's line, `ConfigError` for a bad option.
+    """
+    name = str(name_or_path)
+    path = Path(name_or_path).expanduser()
+    known = name in task_names()
+    if known and (problem is not None or labels is not None):
+        raise ConfigError(f"problem and labels of the task {name!r} are fixed; they can be given for own files only.")
+    if name == "wiki-topic":
+        task = Task(name, _read_wiki_topic, "classification", WIKI_TOPICS, "accuracy", 128,
+                    "Wikipedia lead to topic, 11 classes")
+    elif name == "movie":
+        task = Task(name, _read_movie, "classification", ("negative", "positive"), "accuracy", 64,
+                    "movie review sentence to sentiment")
+    elif name in GLUE:
+        spec = GLUE[name]
+        task = Task(name, lambda: read_glue(name, data_dir), spec.problem, spec.labels, spec.metric, 128,
+                    spec.description)
+    elif path.is_file() or path.is_dir() or path.suffix in files.READERS:
+        task = _file_task(path, problem, labels)
+    else:
+        raise unknown("task (nor is it a .jsonl or .csv file)", name, task_names())
+    changes = {"metric": metric, "max_length": max_length}
+    return Task(**(vars(task) | {k: v for k, v in changes.items() if v is not None}))
+
+
+def _file_task(path: Path, problem: str | None, labels: Sequence[str] | None) -> Task:
+    problem, names, splits = files.read_splits(path, problem, labels)
+    metric = "accuracy" if problem == "classification" else "pearson"
+    return Task(str(path), lambda: splits, problem, names, metric, 128, f"own data in {path.name}")
+
+
+def _read_wiki_topic() -> dict[str, Examples]:
+    file = registry.fetch("wiki") / "summaries_en-us.json"
+    articles = json.loads(file.read_text(encoding="utf-8")).values()
+    index = {topic: i for i, topic in enumerate(WIKI_TOPICS)}
+    # "Uncategorized" is the absence of a label, not a twelfth topic.
+    kept = [a for a in articles if a["topic"] != "Uncategorized" and a["extract"].strip()]
+    strange = {a["topic"] for a in kept} - set(index)
+    if strange:
+        raise DataError(f"{file} has topics that the task does not know: {sorted(strange)}.")
+    labels = np.array([index[a["topic"]] for a in kept], np.int32)
+    return split_by_hash(Examples([a["extract"].strip() for a in kept], labels))
+
+
+def _read_movie() -> dict[str, Examples]:
+    file = registry.fetch("movie") / "movieReviewSnippets_GroundTruth.txt"
+    texts, labels = [], []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        _, score, text = line.split("\t", 2)
+        if abs(float(score)) >= 0.5:  # nearer to 0 the raters did not agree on a side
+            texts.append(text.strip())
+            labels.append(int(float(score) > 0))
+    return split_by_hash(Examples(texts, np.array(labels, np.int32)))
