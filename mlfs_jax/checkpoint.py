@@ -1,11 +1,12 @@
 """Checkpoints of the training state: asynchronous, atomic, checksummed. The only module that knows orbax.
 
-One step is one folder, `<directory>/<step>/`: orbax's files plus `manifest.json`, which holds the caller's `meta`, the
-shape and dtype of every array, and the size and sha256 of every file. Orbax writes into a temporary folder; the manifest
-is written there too, last, and then the folder is renamed. So a step that exists is whole, and a step whose bytes have
-changed since is refused: tensorstore checks only part of what it reads, and a flipped byte in a weight is a weight.
+One step is one folder, `<directory>/<step>/`: orbax's files plus `manifest.json`, which holds the caller's `meta`,
+the shape and dtype of every array, and the size and sha256 of every file. Orbax writes into a temporary folder; the
+manifest is written there too, last, and then the folder is renamed. So a step that exists is whole, and a step whose
+bytes have changed since is refused: a flipped byte that no format check notices would be a wrong weight.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -40,9 +41,9 @@ logging.getLogger("absl").addFilter(_QuietOrbax())
 
 
 class _Handler(ocp.StandardCheckpointHandler):
-    """The standard handler, which also leaves a manifest behind as the last thing before the folder is renamed."""
+    """The standard handler, which also writes the manifest, as the last thing before the folder is renamed."""
 
-    header: dict[str, Any] = {}
+    header: dict[str, Any]
 
     def finalize(self, directory) -> None:
         super().finalize(directory)
@@ -97,7 +98,7 @@ class Checkpoints:
         return max(self.steps(), default=None)
 
     def save(self, step: int, state: Any, meta: dict | None = None) -> None:
-        """Starts to save; the arrays are copied before this returns, so they may be donated or changed afterwards.
+        """Starts to save. The arrays may be donated or changed as soon as this returns.
 
         Args:
           step: grows from save to save. Saving the newest step again with the same `meta` does nothing.
@@ -148,30 +149,31 @@ class Checkpoints:
         """Reads a step back, bit by bit.
 
         Args:
-          template: a pytree like the one saved; its leaves (arrays or ShapeDtypeStructs) say structure, shape, dtype and
-            where each array goes. The sharding may differ from the one it was saved with.
+          template: a pytree like the one saved; its leaves (arrays or ShapeDtypeStructs) say the shape, the dtype
+            and where each array goes. The sharding may differ from the one it was saved with.
           step: which one; None for the newest.
 
         Returns:
-          (state, meta): the state has the template's tree type, and numpy arrays where the template has numpy arrays.
+          (state, meta): the state has the template's tree type, and numpy arrays where the template has them.
 
         Raises:
-          CheckpointError: there is no such step; its files are damaged or foreign; it does not fit the template.
+          CheckpointError: there is no such step, its files are damaged or foreign, or it does not fit the template.
         """
         self.wait()
         if step is None and (step := self.latest()) is None:
             raise CheckpointError(f"there is no checkpoint in {self.directory}: start the training first")
         path = self._path(step)
         if not path.is_dir():
-            raise CheckpointError(f"there is no step {step} in {self.directory}; it holds steps {self.steps()}")
+            raise CheckpointError(f"there is no step {step} in {self.directory}; it holds {self.steps()}")
         manifest = _read_manifest(path, step, self._advice(step))
         wanted = _flatten(template, "the template")
         _check_fit(wanted, manifest["arrays"], path)
         _check_files(path, manifest, step, self._advice(step))
+        targets = {k: _target(a) for k, a in wanted.items() if _size(a)}
         try:
-            found = self._handler.restore(path, args=_Restore({k: _target(a) for k, a in wanted.items() if _size(a)}))
+            found = self._handler.restore(path, args=_Restore(targets)) if targets else {}
         except Exception as e:
-            raise CheckpointError(f"checkpoint step {step} in {path} could not be read: {_first_line(e)}") from e
+            raise CheckpointError(f"step {step} in {path} could not be read: {_first_line(e)}") from e
         leaves = [found[k] if _size(a) else _empty(a) for k, a in wanted.items()]
         return jax.tree.unflatten(jax.tree.structure(template), leaves), manifest["meta"]
 
@@ -218,19 +220,13 @@ class Checkpoints:
         step, self._pending = self._pending, None
         self._sweep()  # a half-written step must not hold the space that the next one needs
         good = self.latest()
-        kept = f"the last good step is {good}" if good is not None else "no earlier step was saved"
-        path = self._path(step)
-        if isinstance(error, CheckpointError):
-            return error
+        kept = "no step was saved before it" if good is None else f"the last good step, {good}, is untouched"
+        what = f"checkpoint step {step} could not be written to {self.directory}; {kept}."
         if _disk_full(error):
             return CheckpointError(
-                f"the disk is full: checkpoint step {step} could not be written to {path}; {kept} and is untouched. "
-                f"Free some space and run the same command again to continue from there."
-                if good is not None
-                else f"the disk is full: checkpoint step {step} could not be written to {path}; {kept}. "
-                f"Free some space and run the same command again."
+                f"the disk is full: {what} Free some space and run the same command again."
             )
-        return CheckpointError(f"checkpoint step {step} could not be written to {path}; {kept}. {_first_line(error)}")
+        return CheckpointError(f"{what} {_first_line(error)}")
 
     def _advice(self, step: int) -> str:
         earlier = [s for s in self.steps() if s < step]
@@ -252,9 +248,9 @@ def _flatten(tree: Any, what: str) -> dict[str, Any]:
                 f"make it one with jnp.asarray, or put it into meta"
             )
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
-            raise CheckpointError(f"{what} has a typed PRNG key at {key!r}: give jax.random.key_data(key) instead")
+            raise CheckpointError(f"{what} has a typed PRNG key at {key!r}: use jax.random.key_data(key)")
         if key in flat:
-            raise CheckpointError(f"{what} has two arrays named {key!r}: rename one, keys must not contain '/'")
+            raise CheckpointError(f"{what} has two arrays named {key!r}: use no '/' in the keys")
         flat[key] = leaf
     return flat
 
@@ -333,7 +329,7 @@ def _read_manifest(path: Path, step: int, advice: str = "") -> dict:
     if manifest.get("sha256") != _sum(_body(manifest)):
         raise _damaged(path, step, f"{MANIFEST} has changed since it was written", advice)
     if manifest["step"] != step:
-        raise CheckpointError(f"{path} holds step {manifest['step']}, not {step}: the folder was renamed; name it back")
+        raise CheckpointError(f"{path} holds step {manifest['step']}: the folder was renamed; name it back")
     return manifest
 
 
@@ -353,15 +349,9 @@ def _check_fit(wanted: dict[str, Any], saved: dict[str, list], path: Path) -> No
     todo = "Use the configuration that the checkpoint was written with, or another output folder."
     missing, extra = [k for k in wanted if k not in saved], [k for k in saved if k not in wanted]
     if missing or extra:
-        raise CheckpointError(
-            f"the checkpoint {path} does not fit: "
-            + "; ".join(
-                f"it {verb} {', '.join(map(repr, keys[:5]))}{f' and {len(keys) - 5} more' if len(keys) > 5 else ''}"
-                for verb, keys in (("lacks", missing), ("has in addition", extra))
-                if keys
-            )
-            + f". {todo}"
-        )
+        lacks = [f"expected but not found: {_some(missing)}"] if missing else []
+        has = [f"found but not expected: {_some(extra)}"] if extra else []
+        raise CheckpointError(f"the checkpoint {path} does not fit: {'; '.join(lacks + has)}. {todo}")
     for key, (dtype, shape) in _schema(wanted).items():
         if [dtype, shape] != saved[key]:
             found_dtype, found_shape = saved[key]
@@ -371,16 +361,18 @@ def _check_fit(wanted: dict[str, Any], saved: dict[str, list], path: Path) -> No
             )
 
 
+def _some(keys: list[str]) -> str:
+    return ", ".join(map(repr, keys[:5])) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+
+
 def _damaged(path: Path, step: int, what: str, advice: str) -> CheckpointError:
     return CheckpointError(f"checkpoint step {step} in {path} is damaged: {what}. {advice}")
 
 
 def _remove(path: Path) -> None:
-    """Deletes a step; renamed first, so that a kill half way leaves no half step behind. Failing is no reason to stop."""
-    try:
+    """Deletes a step; renamed first, so that a kill half way leaves no half step behind."""
+    with contextlib.suppress(OSError):  # an old step that stays is no reason to stop the training
         shutil.rmtree(path.rename(path.with_name(path.name + _TRASH)), ignore_errors=True)
-    except OSError:
-        pass
 
 
 def _disk_full(error: BaseException | None) -> bool:
