@@ -1,0 +1,47 @@
+"""Settings that every test shares. They must be in the environment before jax is first imported."""
+
+import hashlib
+import os
+import platform
+import tempfile
+from pathlib import Path
+
+from hypothesis import HealthCheck, settings
+
+# On the CPU, where float32 is float32, unless the caller says otherwise: JAX_PLATFORMS=cuda pytest -m gpu
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# No test may reach a hub by accident; one that means to talk to it sets this itself.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+
+def _cpu() -> str:
+    """A short name for this kind of CPU: code compiled for one may not run on another."""
+    try:
+        info = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        info = ""
+    facts = {line for line in info.splitlines() if line.startswith(("model name", "flags", "Features"))}
+    return hashlib.sha256("\n".join([platform.machine(), *sorted(facts)]).encode()).hexdigest()[:12]
+
+
+# Compilation is most of the tests' time, so programs are kept between runs, apart for each kind of CPU.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    root = os.environ.get("XDG_CACHE_HOME")
+    caches = Path(root) if root else Path.home() / ".cache"
+    folder = caches / "mlfs-jax" / "test-xla" / _cpu()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a read-only home
+        folder = Path(tempfile.mkdtemp(prefix="mlfs-jax-xla-"))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(512 * 2**20))
+
+# An example's time is mostly compilation: a deadline says nothing. CI draws the same examples every time.
+settings.register_profile(
+    "dev", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
+settings.register_profile("ci", settings.get_profile("dev"), derandomize=True, print_blob=True)
+settings.load_profile("ci" if os.environ.get("CI") else "dev")

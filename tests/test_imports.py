@@ -1,0 +1,144 @@
+"""Imports go downward only, and importing the package stays light."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "mlfs_jax"
+
+# Low to high. A module imports from its own floor and those below, also inside functions.
+# A new module gets its place here.
+FLOORS = [
+    {"errors", "config", "metrics", "checkpoint", "run", "registry", "data"},
+    {"backbone"},
+    {"model"},
+    {"hf", "lora", "subnet"},
+    {"slicing", "importance", "supernet"},
+    {"distill", "stages", "train"},
+    {"palette", "plots"},
+    {"cli", "__main__"},
+]
+FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
+
+# Slow to import or not installed with the package: only inside the functions that need them.
+HEAVY = {"torch", "peft", "transformers", "tensorflow", "tensorflow_datasets", "matplotlib", "sklearn"}
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def dotted(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def top(name: str) -> str:
+    """ "mlfs_jax.hf.load" -> "hf"; "" for the package itself."""
+    return name.partition(".")[2].partition(".")[0]
+
+
+def imported(node: ast.AST, path: Path) -> list[str]:
+    """Absolute names that one import statement may bring in; `from p import a` counts as p.a."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if not isinstance(node, ast.ImportFrom):
+        return []
+    base = node.module or ""
+    if node.level:
+        package = dotted(path).split(".")
+        if path.name != "__init__.py":
+            package.pop()
+        package = package[: len(package) - (node.level - 1)]
+        base = ".".join([*package, base] if base else package)
+    return [f"{base}.{alias.name}" for alias in node.names]
+
+
+def imports(path: Path, *, lazy: bool) -> list[tuple[int, str]]:
+    """(line, name) of the imports of a file; lazy=False leaves out those inside functions."""
+    found = []
+    todo: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"), filename=str(path))]
+    while todo:
+        node = todo.pop()
+        found += [(node.lineno, name) for name in imported(node, path)]
+        if lazy or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            todo += ast.iter_child_nodes(node)
+    return sorted(found)
+
+
+def test_every_module_has_a_floor():
+    unplaced = {top(dotted(path)) for path in modules()} - {""} - set(FLOOR)
+    assert not unplaced, f"name these in FLOORS of {Path(__file__).name}: {sorted(unplaced)}"
+
+
+def test_imports_go_downward():
+    wrong = []
+    for path in modules():
+        here = top(dotted(path))
+        if not here:
+            continue  # the front door, __init__, gathers names from every floor
+        for line, name in imports(path, lazy=True):
+            if name.split(".")[0] not in ("mlfs_jax", "spa_jax"):
+                continue
+            where = f"{path.relative_to(ROOT)}:{line}"
+            if name.startswith("spa_jax"):
+                wrong.append(f"{where} imports {name}: spa_jax stands on mlfs_jax, never the reverse")
+            elif top(name) not in FLOOR:
+                # `import mlfs_jax as mlfs`, or a name of the front door: that is every floor at once
+                if top(name) != "__version__" and here not in FLOORS[-1]:
+                    wrong.append(f"{where} imports {name} from the package itself; import it from its module")
+            elif FLOOR[top(name)] > FLOOR[here]:
+                wrong.append(f"{where} imports {name}, which is {FLOOR[top(name)] - FLOOR[here]} floor(s) up")
+    assert not wrong, "imports that go upward:\n" + "\n".join(wrong)
+
+
+def test_no_cycles():
+    """Within a floor, too: no two modules need each other at import time."""
+    names = {dotted(path) for path in modules()}
+    needs = {}
+    for path in modules():
+        edges = {name if name in names else name.rpartition(".")[0] for _, name in imports(path, lazy=False)}
+        needs[dotted(path)] = (edges & names) - {dotted(path)}
+    while free := {name for name, edges in needs.items() if not edges & set(needs)}:
+        needs = {name: edges for name, edges in needs.items() if name not in free}
+    # a package's __init__ that re-exports its own submodules is no cycle unless they import it back
+    assert not needs, f"cycle among {sorted(needs)}"
+
+
+def test_heavy_imports_are_lazy():
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in modules()
+        for line, name in imports(path, lazy=False)
+        if name.split(".")[0] in HEAVY
+    ]
+    assert not wrong, "import these inside the function that needs them:\n" + "\n".join(wrong)
+
+
+@pytest.mark.parametrize("module", ["mlfs_jax", "mlfs_jax.cli"])
+def test_import_is_light(module, tmp_path):
+    """No heavy package is even touched, also through another package that would take it if it were there.
+
+    Stand-ins that report their own import come first on the path, so the answer does not depend on what
+    is installed here.
+    """
+    if not (PACKAGE / (module.partition(".")[2] or "__init__")).with_suffix(".py").exists():
+        pytest.skip(f"{module} is not written yet")
+    for name in HEAVY:
+        (tmp_path / f"{name}.py").write_text("print('touched ' + __name__)\nraise ImportError(__name__)\n")
+    path = os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    done = subprocess.run(
+        [sys.executable, "-c", f"import {module}"],
+        env={**os.environ, "PYTHONPATH": path},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "touched" not in done.stdout, done.stdout
