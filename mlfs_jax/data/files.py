@@ -24,17 +24,20 @@ class Row(NamedTuple):
 def read_splits(
     path: Path, problem: str | None, labels: Sequence[str] | None
 ) -> tuple[str, tuple[str, ...], dict[str, Examples]]:
-    """(problem, label names, splits) of a file, split by hash, or of a folder with train.*, validation.*, test.*.
+    """(problem, label names, splits) of a file, split by hash, or of a folder with its own split files.
 
-    Strings and whole numbers are classes (sorted, if `labels` does not say), fractions are scores to regress on.
+    Strings and whole numbers are classes (sorted, if `labels` does not say), fractions are scores to regress
+    on.
     """
     if labels is not None and problem == "regression":
         raise ConfigError("labels are the names of classes; with problem='regression' leave them out.")
     if path.is_dir():
         found = {s: _find(path, s) for s in ("train", "validation", "test")}
         if found["train"] is None or found["validation"] is None:
-            raise DataError(f"{path} has no train or no validation file; expected train.jsonl (or .csv) and "
-                            "validation.jsonl, or give one file, which is then split by a hash of the text.")
+            raise DataError(
+                f"{path} has no train or no validation file; expected train.jsonl (or .csv) and "
+                "validation.jsonl, or give one file, which is then split by a hash of the text."
+            )
         tables = {split: (file, read_rows(file)) for split, file in found.items() if file}
     else:
         tables = {"train": (path, read_rows(path))}
@@ -46,11 +49,15 @@ def read_splits(
         splits = split_by_hash(splits["train"])
         empty = [split for split in splits if not len(splits[split])]
         if empty:
-            raise DataError(f"{path}: {len(rows)} rows are too few to split 80/10/10, {' and '.join(empty)} would be empty; "
-                            "add rows, or give a folder with train.*, validation.* (and test.*) files.")
+            raise DataError(
+                f"{path}: {len(rows)} rows are too few to split: {' and '.join(empty)} would be empty; "
+                "add rows, or give a folder with train.*, validation.* (and test.*) files."
+            )
     if problem == "classification" and len(np.unique(splits["train"].labels)) < 2:
-        raise DataError(f"{file}: the training rows have a single class, {names[splits['train'].labels[0]]!r}; "
-                        "nothing can be learnt from them.")
+        raise DataError(
+            f"{file}: the training rows have a single class, {names[splits['train'].labels[0]]!r}; "
+            "nothing can be learnt from them."
+        )
     return problem, names, splits
 
 
@@ -73,7 +80,9 @@ def read_rows(file: Path) -> list[Row]:
         content = raw.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         line = raw[: e.start].count(b"\n") + 1
-        raise DataError(f"{file}, line {line}: not UTF-8 (byte 0x{raw[e.start]:02x}); save the file as UTF-8.") from e
+        raise DataError(
+            f"{file}, line {line}: not UTF-8 (byte 0x{raw[e.start]:02x}); save the file as UTF-8."
+        ) from e
     if not content.strip():
         raise DataError(f"{file}, line 1: the file is empty; expected rows with the fields text and label.")
     rows = READERS[file.suffix](file, content)
@@ -82,8 +91,10 @@ def read_rows(file: Path) -> list[Row]:
     numbers = {type(r.label) for r in rows}
     if str in numbers and numbers != {str}:
         odd = next(r for r in rows if isinstance(r.label, str) != isinstance(rows[0].label, str))
-        raise DataError(f"{file}, line {odd.line}: label {odd.label!r}, but line {rows[0].line} has "
-                        f"{rows[0].label!r}; labels are all strings or all numbers.")
+        raise DataError(
+            f"{file}, line {odd.line}: label {odd.label!r}, but line {rows[0].line} has "
+            f"{rows[0].label!r}; labels are all strings or all numbers."
+        )
     if any((r.pair is None) != (rows[0].pair is None) for r in rows):
         odd = next(r for r in rows if (r.pair is None) != (rows[0].pair is None))
         raise DataError(f"{file}, line {odd.line}: some rows have a text_pair and some have none.")
@@ -100,7 +111,9 @@ def _read_jsonl(file: Path, content: str) -> list[Row]:
         except json.JSONDecodeError as e:
             raise DataError(f"{file}, line {line}: not JSON: {e.msg} at column {e.colno}.") from e
         if not isinstance(record, dict):
-            raise DataError(f"{file}, line {line}: expected an object with text and label, got {text.strip()[:40]!r}.")
+            raise DataError(
+                f"{file}, line {line}: expected an object with text and label, got {text.strip()[:40]!r}."
+            )
         rows.append(_row(file, line, record))
     return rows
 
@@ -112,11 +125,15 @@ def _read_csv(file: Path, content: str) -> list[Row]:
         header = reader.fieldnames or []
         missing = {"text", "label"} - set(header)
         if missing:
-            raise DataError(f"{file}, line 1: no column {' and '.join(sorted(missing))}; the header has {header}.")
+            raise DataError(
+                f"{file}, line 1: no column {' and '.join(sorted(missing))}; the header has {header}."
+            )
         for record in reader:
             if None in record or None in record.values():
-                raise DataError(f"{file}, line {reader.line_num}: expected {len(header)} fields; "
-                                "quote texts that hold a comma.")
+                raise DataError(
+                    f"{file}, line {reader.line_num}: expected {len(header)} fields; "
+                    "quote texts that hold a comma."
+                )
             records.append((reader.line_num, record))
     except csv.Error as e:
         raise DataError(f"{file}, line {reader.line_num}: not CSV: {e}.") from e
@@ -126,7 +143,9 @@ def _read_csv(file: Path, content: str) -> list[Row]:
             typed = [number(record["label"]) for _, record in records]
         except ValueError:
             continue
-        records = [(line, record | {"label": label}) for (line, record), label in zip(records, typed, strict=True)]
+        records = [
+            (line, record | {"label": label}) for (line, record), label in zip(records, typed, strict=True)
+        ]
         break
     return [_row(file, line, record) for line, record in records]
 
@@ -144,9 +163,15 @@ def _row(file: Path, line: int, record: dict) -> Row:
             raise DataError(f"{file}, line {line}: {field} is {value!r}; expected a text that is not empty.")
     if isinstance(label, bool):
         label = int(label)
-    if not isinstance(label, str | int | float) or label == "" or (isinstance(label, float) and not math.isfinite(label)):
-        raise DataError(f"{file}, line {line}: label is {label!r}; expected a class (string or whole number) or a "
-                        "finite score.")
+    if (
+        not isinstance(label, str | int | float)
+        or label == ""
+        or (isinstance(label, float) and not math.isfinite(label))
+    ):
+        raise DataError(
+            f"{file}, line {line}: label is {label!r}; expected a class (string or whole number) or a "
+            "finite score."
+        )
     return Row(line, text, pair, label)
 
 
@@ -160,7 +185,7 @@ def _label_names(file: Path, rows: list[Row], labels: Sequence[str] | None) -> t
         return names
     for r in rows:  # whole numbers that are not names are indices
         if not isinstance(r.label, int) or not 0 <= r.label < len(names):
-            raise DataError(f"{file}, line {r.line}: label {r.label!r} is outside 0..{len(names) - 1} ({', '.join(names)}).")
+            raise DataError(f"{file}, line {r.line}: label {r.label!r} is outside 0..{len(names) - 1}.")
     return names
 
 
@@ -170,7 +195,9 @@ def _examples(file: Path, rows: list[Row], problem: str, names: tuple[str, ...])
     if problem == "regression":
         for r in rows:
             if isinstance(r.label, str):
-                raise DataError(f"{file}, line {r.line}: label {r.label!r} is not a number, as regression needs.")
+                raise DataError(
+                    f"{file}, line {r.line}: label {r.label!r} is not a number, as regression needs."
+                )
         return Examples(texts, np.array([r.label for r in rows], np.float32), pairs)
     index = {name: i for i, name in enumerate(names)}
     by_index = not isinstance(rows[0].label, str) and not set(index) >= {str(r.label) for r in rows}
@@ -178,7 +205,9 @@ def _examples(file: Path, rows: list[Row], problem: str, names: tuple[str, ...])
     for r in rows:
         i = r.label if by_index and isinstance(r.label, int) else index.get(str(r.label), -1)
         if not 0 <= i < len(names):
-            raise DataError(f"{file}, line {r.line}: label {r.label!r} is outside the known labels "
-                            f"({', '.join(names[:20])}).")
+            raise DataError(
+                f"{file}, line {r.line}: label {r.label!r} is outside the known labels "
+                f"({', '.join(names[:20])})."
+            )
         classes.append(i)
     return Examples(texts, np.array(classes, np.int32), pairs)

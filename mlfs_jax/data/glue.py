@@ -20,39 +20,65 @@ class GlueSpec:
 
 _ENTAIL = ("entailment", "not_entailment")
 GLUE: dict[str, GlueSpec] = {
-    "glue/cola": GlueSpec(("sentence",), ("unacceptable", "acceptable"), "matthews", "is the sentence grammatical"),
-    "glue/sst2": GlueSpec(("sentence",), ("negative", "positive"), "accuracy", "sentiment of a movie review phrase"),
-    "glue/mrpc": GlueSpec(("sentence1", "sentence2"), ("not_equivalent", "equivalent"), "f1", "news paraphrases"),
-    "glue/qqp": GlueSpec(("question1", "question2"), ("not_duplicate", "duplicate"), "f1", "duplicate questions"),
+    "glue/cola": GlueSpec(
+        ("sentence",), ("unacceptable", "acceptable"), "matthews", "is the sentence grammatical"
+    ),
+    "glue/sst2": GlueSpec(
+        ("sentence",), ("negative", "positive"), "accuracy", "sentiment of a movie review phrase"
+    ),
+    "glue/mrpc": GlueSpec(
+        ("sentence1", "sentence2"), ("not_equivalent", "equivalent"), "f1", "news paraphrases"
+    ),
+    "glue/qqp": GlueSpec(
+        ("question1", "question2"), ("not_duplicate", "duplicate"), "f1", "duplicate questions"
+    ),
     "glue/stsb": GlueSpec(("sentence1", "sentence2"), (), "pearson", "similarity from 0 to 5", "regression"),
-    "glue/mnli": GlueSpec(("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), "accuracy",
-                          "natural language inference"),
-    "glue/qnli": GlueSpec(("question", "sentence"), _ENTAIL, "accuracy", "does the sentence answer the question"),
+    "glue/mnli": GlueSpec(
+        ("premise", "hypothesis"),
+        ("entailment", "neutral", "contradiction"),
+        "accuracy",
+        "natural language inference",
+    ),
+    "glue/qnli": GlueSpec(
+        ("question", "sentence"), _ENTAIL, "accuracy", "does the sentence answer the question"
+    ),
     "glue/rte": GlueSpec(("sentence1", "sentence2"), _ENTAIL, "accuracy", "textual entailment"),
-    "glue/wnli": GlueSpec(("sentence1", "sentence2"), ("not_entailment", "entailment"), "accuracy",
-                          "Winograd schemas as inference"),
+    "glue/wnli": GlueSpec(
+        ("sentence1", "sentence2"),
+        ("not_entailment", "entailment"),
+        "accuracy",
+        "Winograd schemas as inference",
+    ),
 }
-# MNLI has two validation sets; "validation" is the one from the training genres. GLUE's test labels are not public.
-SPLITS = {"train": ("train",), "validation": ("validation", "validation_matched"),
-          "validation_mismatched": ("validation_mismatched",)}
+# MNLI has two validation sets: "validation" is that of the training genres. GLUE's test labels are secret.
+SPLITS = {
+    "train": ("train",),
+    "validation": ("validation", "validation_matched"),
+    "validation_mismatched": ("validation_mismatched",),
+}
 
 
 def read_glue(name: str, data_dir: str | Path | None = None) -> dict[str, Examples]:
-    """{"train", "validation", (MNLI) "validation_mismatched"} of a GLUE task, with GLUE's own splits and order.
+    """{"train", "validation", MNLI: "validation_mismatched"} of a GLUE task, in GLUE's own splits and order.
 
-    `data_dir` is where tensorflow-datasets keeps its data sets (default: its own, $TFDS_DATA_DIR); a data set that is not
-    there is downloaded. Raises `DownloadError` when that fails, `DataError` for records that do not fit the task.
+    `data_dir` is where tensorflow-datasets keeps its data sets (default: its own, $TFDS_DATA_DIR); a data set
+    that is not there is downloaded. Raises `DownloadError` when that fails, `DataError` for records that do
+    not fit the task.
     """
     try:
         import tensorflow_datasets as tfds
     except ImportError as e:
-        raise DownloadError(f"{name!r} is read with tensorflow-datasets: `pip install mlfs_jax[tfds]` first.") from e
+        raise DownloadError(
+            f"{name!r} is read with tensorflow-datasets: `pip install mlfs_jax[tfds]` first."
+        ) from e
     try:
         sources = tfds.data_source(name, data_dir=None if data_dir is None else str(data_dir))
     except Exception as e:  # its download code raises a dozen kinds
         first = (str(e).strip().splitlines() or [""])[0]
-        raise DownloadError(f"tensorflow-datasets could not load {name!r}: {type(e).__name__}: {first} Check the network, "
-                            "or put the prepared data set (array_record files) under data_dir.") from e
+        raise DownloadError(
+            f"tensorflow-datasets could not load {name!r}: {type(e).__name__}: {first} Check the network, "
+            "or put the prepared data set (array_record files) under data_dir."
+        ) from e
     splits = {}
     for split, candidates in SPLITS.items():
         for candidate in candidates:
@@ -70,13 +96,17 @@ def _examples(name: str, split: str, source) -> Examples:
     for i, record in enumerate(source):
         missing = {*spec.texts, "label"} - set(record)
         if missing:
-            raise DataError(f"{name} {split}, record {i}: no field {sorted(missing)}; it has {sorted(record)}.")
+            raise DataError(
+                f"{name} {split}, record {i}: no field {sorted(missing)}; it has {sorted(record)}."
+            )
         for column, field in zip(columns, spec.texts, strict=True):
             value = record[field]
             column.append(value.decode("utf-8") if isinstance(value, bytes) else str(value))
         label = record["label"]
         if spec.labels and not 0 <= int(label) < len(spec.labels):
-            raise DataError(f"{name} {split}, record {i}: label {int(label)} is outside 0..{len(spec.labels) - 1}.")
+            raise DataError(
+                f"{name} {split}, record {i}: label {int(label)} is outside 0..{len(spec.labels) - 1}."
+            )
         labels.append(label)
     dtype = np.int32 if spec.labels else np.float32
     return Examples(columns[0], np.array(labels, dtype), columns[1] if len(columns) > 1 else None)

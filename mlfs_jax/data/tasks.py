@@ -32,7 +32,7 @@ WIKI_TOPICS = (
 
 @dataclass(frozen=True)
 class Task:
-    """A task: `read()` gives {"train": Examples, "validation": ..., and "test" where its labels are public}."""
+    """A task; `read()` gives {"train": Examples, "validation": ...}, and "test" if its labels are public."""
 
     name: str
     read: Callable[[], dict[str, Examples]]
@@ -69,26 +69,50 @@ def get_task(
 ) -> Task:
     """The task called `name_or_path`, or the task in the user's own files.
 
-    Own files: a .jsonl or .csv file with the fields text, label and, for pairs, text_pair (split by a hash of the text),
-    or a folder with train.*, validation.* and perhaps test.*. `problem` and `labels` (class names in index order) are
-    inferred where not given; they, and `data_dir` (of tensorflow-datasets, for glue/*), apply only where they make sense.
-    Raises `UnknownNameError` with the nearest names, `DataError` with the file's line, `ConfigError` for a bad option.
+    Own files: a .jsonl or .csv file with the fields text, label and, for pairs, text_pair (split by a hash of
+    the text), or a folder with train.*, validation.* and perhaps test.*. `problem` and `labels` (class names
+    in index order) are inferred where not given; they, and `data_dir` (of tensorflow-datasets, for glue/*),
+    apply only where they make sense. Raises `UnknownNameError` with the nearest names, `DataError` with the
+    file's line, `ConfigError` for a bad option.
     """
     name = str(name_or_path)
     path = Path(name_or_path).expanduser()
     known = name in task_names()
     if known and (problem is not None or labels is not None):
-        raise ConfigError(f"problem and labels of the task {name!r} are fixed; they can be given for own files only.")
+        raise ConfigError(
+            f"problem and labels of the task {name!r} are fixed; they can be given for own files only."
+        )
     if name == "wiki-topic":
-        task = Task(name, _read_wiki_topic, "classification", WIKI_TOPICS, "accuracy", 128,
-                    "Wikipedia lead to topic, 11 classes")
+        task = Task(
+            name,
+            _read_wiki_topic,
+            "classification",
+            WIKI_TOPICS,
+            "accuracy",
+            128,
+            "Wikipedia lead to topic, 11 classes",
+        )
     elif name == "movie":
-        task = Task(name, _read_movie, "classification", ("negative", "positive"), "accuracy", 64,
-                    "movie review sentence to sentiment")
+        task = Task(
+            name,
+            _read_movie,
+            "classification",
+            ("negative", "positive"),
+            "accuracy",
+            64,
+            "movie review sentence to sentiment",
+        )
     elif name in GLUE:
         spec = GLUE[name]
-        task = Task(name, lambda: read_glue(name, data_dir), spec.problem, spec.labels, spec.metric, 128,
-                    spec.description)
+        task = Task(
+            name,
+            lambda: read_glue(name, data_dir),
+            spec.problem,
+            spec.labels,
+            spec.metric,
+            128,
+            spec.description,
+        )
     elif path.is_file() or path.is_dir() or path.suffix in files.READERS:
         task = _file_task(path, problem, labels)
     else:
@@ -119,7 +143,7 @@ def _read_wiki_topic() -> dict[str, Examples]:
 def _read_movie() -> dict[str, Examples]:
     file = registry.fetch("movie") / "movieReviewSnippets_GroundTruth.txt"
     texts, labels = [], []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_text(encoding="utf-8").rstrip("\n").split("\n"):
         _, score, text = line.split("\t", 2)
         if abs(float(score)) >= 0.5:  # nearer to 0 the raters did not agree on a side
             texts.append(text.strip())
