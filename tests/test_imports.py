@@ -26,7 +26,8 @@ FLOORS = [
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
 
 # Slow to import or not installed with the package: only inside the functions that need them.
-HEAVY = {"torch", "peft", "transformers", "tensorflow", "tensorflow_datasets", "matplotlib", "sklearn"}
+# tensorboardX is light, but takes torch with it where there is one.
+HEAVY = set("torch peft transformers tensorflow tensorflow_datasets matplotlib sklearn tensorboardX".split())
 
 
 def modules() -> list[Path]:
