@@ -1,9 +1,9 @@
 """Checkpoints of the training state: asynchronous, atomic, checksummed. The only module that knows orbax.
 
-One step is one folder, `<directory>/<step>/`: orbax's files plus `manifest.json`, which holds the caller's `meta`,
-the shape and dtype of every array, and the size and sha256 of every file. Orbax writes into a temporary folder; the
-manifest is written there too, last, and then the folder is renamed. So a step that exists is whole, and a step whose
-bytes have changed since is refused: a flipped byte that no format check notices would be a wrong weight.
+One step is one folder, `<directory>/<step>/`: orbax's files plus `manifest.json`, which holds the caller's
+`meta`, the shape and dtype of every array, and the size and sha256 of every file. Orbax writes into a temporary
+folder; the manifest is written there too, last, and then the folder is renamed. So a step that exists is whole,
+and a step whose bytes have changed since is refused: a flipped byte that no format notices is a wrong weight.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ logging.getLogger("absl").addFilter(_QuietOrbax())
 
 
 class _Handler(ocp.StandardCheckpointHandler):
-    """The standard handler, which also writes the manifest, as the last thing before the folder is renamed."""
+    """The standard handler, which also writes the manifest, last, before the folder is renamed."""
 
     header: dict[str, Any]
 
@@ -149,15 +149,15 @@ class Checkpoints:
         """Reads a step back, bit by bit.
 
         Args:
-          template: a pytree like the one saved; its leaves (arrays or ShapeDtypeStructs) say the shape, the dtype
-            and where each array goes. The sharding may differ from the one it was saved with.
+          template: a pytree like the one saved; its leaves (arrays or ShapeDtypeStructs) say the shape and dtype
+            of each array, and where it goes. The sharding may differ from the one it was saved with.
           step: which one; None for the newest.
 
         Returns:
           (state, meta): the state has the template's tree type, and numpy arrays where the template has them.
 
         Raises:
-          CheckpointError: there is no such step, its files are damaged or foreign, or it does not fit the template.
+          CheckpointError: there is no such step, its files are damaged or foreign, or do not fit the template.
         """
         self.wait()
         if step is None and (step := self.latest()) is None:
@@ -223,9 +223,7 @@ class Checkpoints:
         kept = "no step was saved before it" if good is None else f"the last good step, {good}, is untouched"
         what = f"checkpoint step {step} could not be written to {self.directory}; {kept}."
         if _disk_full(error):
-            return CheckpointError(
-                f"the disk is full: {what} Free some space and run the same command again."
-            )
+            return CheckpointError(f"the disk is full: {what} Free some space and run the same command again.")
         return CheckpointError(f"{what} {_first_line(error)}")
 
     def _advice(self, step: int) -> str:

@@ -51,18 +51,18 @@ class Run:
         """Starts a run in a new (or empty) folder, or takes up the one that is there.
 
         Args:
-          config: what must agree for the curve to continue, as JSON can hold it. Leave out what may change between
-            two starts (the device, how often to log).
+          config: what must agree for the curve to continue, as JSON can hold it. Leave out what may change
+            between two starts (the device, how often to log).
 
         Raises:
-          RunError: the folder holds a run with another config or other files, or another process trains in it.
+          RunError: the folder holds a run with another config or other files, or another process trains there.
         """
         path, config = Path(path).absolute(), _as_json(config)
         if path.exists() and not path.is_dir():
             raise RunError(f"{path} is a file: give --out the name of a folder")
         if path.is_dir() and not (path / _RUN).exists() and _foreign(path):
             raise RunError(
-                f"{path} holds other files ({', '.join(_foreign(path)[:3])}) and no run ({_RUN} is not there): "
+                f"{path} holds other files ({', '.join(_foreign(path)[:3])}) and no run (no {_RUN}): "
                 f"give --out another folder"
             )
         try:
@@ -178,9 +178,7 @@ class Run:
 
     def _must_write(self) -> None:
         if self._lock is None:
-            raise RunError(
-                f"the run in {self.path} is open for reading: write to it with Run.create_or_resume"
-            )
+            raise RunError(f"the run in {self.path} is open for reading: write to it with Run.create_or_resume")
 
     def _json_path(self, name: str) -> Path:
         return self.path / (name if name.endswith(".json") else f"{name}.json")
@@ -311,9 +309,7 @@ def _read_info(path: Path) -> dict:
             raise ValueError("config is not a dictionary")
         known = info["format"]
     except FileNotFoundError:
-        raise RunError(
-            f"{path} holds no run (no {_RUN}): give the folder that `mlfs fit --out` wrote"
-        ) from None
+        raise RunError(f"{path} holds no run (no {_RUN}): give the folder that `mlfs fit --out` wrote") from None
     except (ValueError, TypeError, KeyError, RecursionError) as e:
         raise RunError(f"{path / _RUN} is damaged ({e!r}): delete the folder and start again") from e
     if known != FORMAT:
