@@ -64,9 +64,7 @@ class EncoderConfig:
         if self.head in ("sequence", "token") and self.labels < 1:
             raise ConfigError(f"labels = {self.labels}: a {self.head!r} head needs at least 1 output.")
         if self.pooler and self.head != "none":
-            raise ConfigError(
-                f"pooler = True with head {self.head!r}: only head 'none' has a separate pooler."
-            )
+            raise ConfigError(f"pooler = True with head {self.head!r}: only head 'none' has a separate pooler.")
 
     @property
     def table_dims(self) -> dict[str, int]:

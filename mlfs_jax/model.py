@@ -77,14 +77,10 @@ def build(config: EncoderConfig, weights: Mapping[str, Array], **fields) -> Mode
         ("unknown", weights.keys() - wanted.keys()),
     ):
         if names:
-            raise CheckpointError(
-                f"{problem} weights for this {config.family} config: {', '.join(sorted(names))}."
-            )
+            raise CheckpointError(f"{problem} weights for this {config.family} config: {', '.join(sorted(names))}.")
     for name, spec in wanted.items():
         if weights[name].shape != spec.shape:
-            raise CheckpointError(
-                f"{name} has shape {weights[name].shape}; this config expects {spec.shape}."
-            )
+            raise CheckpointError(f"{name} has shape {weights[name].shape}; this config expects {spec.shape}.")
     return Model(config, graphdef, map_named(lambda name, _: weights[name], base), **fields)
 
 

@@ -142,9 +142,7 @@ class Encoder(nnx.Module):
         self.head = HEADS[config.head](config, rngs=rngs) if config.head in HEADS else None
         self.pooler = Pooler(config, rngs=rngs) if config.pooler else None
 
-    def __call__(
-        self, batch: dict, lora: dict, mask: Mask | None, *, taps: bool, remat: bool, unroll: bool
-    ) -> Output:
+    def __call__(self, batch: dict, lora: dict, mask: Mask | None, *, taps: bool, remat: bool, unroll: bool) -> Output:
         tokens = batch["input_ids"]
         keep = None if mask is None else mask.embed
         attend = batch["attention_mask"].astype(bool)[:, None, None, :]

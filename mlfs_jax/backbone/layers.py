@@ -25,10 +25,10 @@ ACTIVATIONS = {
 }
 
 
-def weight(init, dims: list[tuple[str, int]], rngs: nnx.Rngs) -> nnx.Param:
+def weight(init, dims: list[tuple[str, int]], rngs: nnx.Rngs, **meta) -> nnx.Param:
     """A parameter of the given shape that knows the names of its axes."""
     axes, shape = tuple(name for name, _ in dims), tuple(size for _, size in dims)
-    return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes)
+    return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes, **meta)
 
 
 _normal = nnx.initializers.normal(0.02)
@@ -42,13 +42,11 @@ class Linear(nnx.Module):
     ``stack`` puts leading axes before both (the layer axis of a scanned block).
     """
 
-    def __init__(
-        self, dims_in: Dims, dims_out: Dims, *, rngs: nnx.Rngs, stack: Dims | None = None, bias: bool = True
-    ):
+    def __init__(self, dims_in: Dims, dims_out: Dims, *, rngs: nnx.Rngs, stack: Dims | None = None, bias: bool = True):
         stack = stack or {}
         self.n_in = len(dims_in)
         kernel = [*stack.items(), *dims_in.items(), *dims_out.items()]
-        self.kernel = weight(_normal, kernel, rngs)
+        self.kernel = weight(_normal, kernel, rngs, inputs=len(dims_in))
         self.bias = weight(_zeros, [*stack.items(), *dims_out.items()], rngs) if bias else None
 
     def __call__(self, x: Float[Array, "... in"], lora: dict | None = None) -> Float[Array, "... out"]:
@@ -81,9 +79,7 @@ class LayerNorm(nnx.Module):
         self.scale = weight(_ones, shape, rngs)
         self.bias = weight(_zeros, shape, rngs)
 
-    def __call__(
-        self, x: Float[Array, "... D"], keep: Float[Array, " D"] | None = None
-    ) -> Float[Array, "... D"]:
+    def __call__(self, x: Float[Array, "... D"], keep: Float[Array, " D"] | None = None) -> Float[Array, "... D"]:
         dtype, x = x.dtype, x.astype(jnp.float32)
         count = x.shape[-1] if keep is None else keep.sum()
         x = x if keep is None else x * keep

@@ -34,9 +34,7 @@ class Mask:
 
     def per_layer(self, layers: int) -> Mask:
         """The same mask with a leading layer axis on every leaf, for the scan over layers."""
-        return Mask(
-            jnp.broadcast_to(self.embed, (layers, *self.embed.shape)), self.heads, self.mlp, self.layers
-        )
+        return Mask(jnp.broadcast_to(self.embed, (layers, *self.embed.shape)), self.heads, self.mlp, self.layers)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["logits", "hidden", "taps"], meta_fields=[])
@@ -64,9 +62,7 @@ def flatten(base: nnx.State) -> dict[str, nnx.Param]:
 def map_named(f: Callable[[str, nnx.Param], Array], base: nnx.State) -> nnx.State:
     """A base of the same structure and axes whose leaf ``name`` holds ``f(name, param)``."""
     flat = nnx.to_flat_state(base)
-    return nnx.from_flat_state(
-        [(path, leaf.replace(f(".".join(map(str, path)), leaf))) for path, leaf in flat]
-    )
+    return nnx.from_flat_state([(path, leaf.replace(f(".".join(map(str, path)), leaf))) for path, leaf in flat])
 
 
 def under(tree: Mapping, prefix: str) -> dict:

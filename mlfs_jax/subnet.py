@@ -1,0 +1,302 @@
+"""Subnets: which part of the supernet is kept, which choices there are, and what each costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from mlfs_jax.backbone.tree import STACKED, Mask, flatten
+from mlfs_jax.config import EncoderConfig
+from mlfs_jax.errors import ConfigError, SubnetError, unknown
+from mlfs_jax.model import abstract
+
+FRACTIONS = {"two-thirds": 2 / 3, "half": 1 / 2, "third": 1 / 3, "quarter": 1 / 4, "eighth": 1 / 8}
+"""Names of subnets by their share of the maxnet's non-embedding parameters."""
+
+
+@dataclass(frozen=True)
+class Subnet:
+    """What is kept, as prefixes of the (importance-ordered) axes.
+
+    Attributes:
+        embed: channels of the residual stream.
+        heads: attention heads, one number for each kept layer.
+        mlp: mlp neurons, one number for each kept layer.
+        layers: indices of the kept layers, ascending.
+    """
+
+    embed: int
+    heads: tuple[int, ...]
+    mlp: tuple[int, ...]
+    layers: tuple[int, ...]
+
+    def __post_init__(self):
+        if not len(self.heads) == len(self.mlp) == len(self.layers) > 0:
+            raise SubnetError(
+                f"a subnet of {len(self.layers)} layers with {len(self.heads)} head counts and {len(self.mlp)} mlp "
+                "widths: expected at least one layer, and one of each for every kept layer."
+            )
+        if list(self.layers) != sorted(set(self.layers)):
+            raise SubnetError(f"layers = {self.layers}: expected indices in ascending order, each once.")
+
+    def __str__(self):
+        short = lambda widths: str(widths[0]) if len(set(widths)) == 1 else "/".join(map(str, widths))  # noqa: E731
+        return f"embed={self.embed} heads={short(self.heads)} mlp={short(self.mlp)} layers={len(self.layers)}"
+
+    @property
+    def depth(self) -> int:
+        return len(self.layers)
+
+
+def check_fits(config: EncoderConfig, subnet: Subnet) -> None:
+    """Raise SubnetError when a subnet is larger than the network, or empty along an axis."""
+    limits = (
+        ("embed", (subnet.embed,), config.embed),
+        ("heads", subnet.heads, config.heads),
+        ("mlp", subnet.mlp, config.mlp),
+        ("layers", tuple(i + 1 for i in subnet.layers), config.layers),
+    )
+    for axis, values, limit in limits:
+        if min(values) < 1 or max(values) > limit:
+            raise SubnetError(f"{axis} = {values} does not fit this model: expected 1 to {limit}.")
+
+
+def make_mask(config: EncoderConfig, subnet: Subnet) -> Mask:
+    """The 0/1 mask that turns the supernet into ``subnet`` (rows of dropped layers are all ones)."""
+    check_fits(config, subnet)
+    heads, mlp = np.ones((config.layers, config.heads)), np.ones((config.layers, config.mlp))
+    for layer, n, f in zip(subnet.layers, subnet.heads, subnet.mlp, strict=True):
+        heads[layer, n:], mlp[layer, f:] = 0, 0
+    kept = np.isin(np.arange(config.layers), subnet.layers)
+    embed = np.arange(config.embed) < subnet.embed
+    as_f32 = lambda x: jnp.asarray(x, jnp.float32)  # noqa: E731
+    return Mask(as_f32(embed), as_f32(heads), as_f32(mlp), jnp.asarray(kept))
+
+
+def maxnet(config: EncoderConfig) -> Subnet:
+    """The whole supernet, as a subnet."""
+    L = config.layers
+    return Subnet(config.embed, (config.heads,) * L, (config.mlp,) * L, tuple(range(L)))
+
+
+def num_params(config: EncoderConfig, subnet: Subnet | None = None, *, embeddings: bool = False) -> int:
+    """Parameters of a subnet (default: of the maxnet), from the named axes; with or without the embedding tables."""
+    subnet = subnet or maxnet(config)
+    total = 0
+    for name, leaf in flatten(abstract(config)[1]).items():
+        if name.startswith("embed.") and not embeddings:
+            continue
+        sizes = [(axis, size) for axis, size in zip(leaf.axes, leaf.shape, strict=True) if axis != STACKED]
+        widths = zip(subnet.heads, subnet.mlp, strict=True) if leaf.axes[0] == STACKED else [(0, 0)]
+        for heads, mlp in widths:
+            kept = {"embed": subnet.embed, "heads": heads, "mlp": mlp}
+            total += math.prod(kept.get(axis, size) for axis, size in sizes)
+    return total
+
+
+def num_flops(config: EncoderConfig, subnet: Subnet | None = None, *, length: int = 128) -> int:
+    """FLOPs (2 per multiply-add) of the matrix products of one sequence of ``length`` tokens through the layers."""
+    subnet = subnet or maxnet(config)
+    D, H, T = subnet.embed, config.head_dim, length
+    layers = (4 * D * N * H + 2 * T * N * H + 2 * D * F for N, F in zip(subnet.heads, subnet.mlp, strict=True))
+    return 2 * T * sum(layers)
+
+
+@dataclass(frozen=True)
+class SubnetSpace:
+    """The subnets that a palette is drawn from.
+
+    Attributes:
+        config: the supernet.
+        embed, heads, mlp, depth: the choices along each axis; the largest of each must be the supernet's own (the
+            default: only that).
+        vary: "together": heads and mlp shrink by one index, as DynaBERT's width multiplier (so the two lists have
+            one length); "independent": each on its own; "per-layer": each on its own in every layer.
+        layer_order: layers, most important first: a subnet of depth l keeps the first l. None keeps them evenly
+            spaced, as DynaBERT does.
+    """
+
+    config: EncoderConfig
+    embed: tuple[int, ...] = ()
+    heads: tuple[int, ...] = ()
+    mlp: tuple[int, ...] = ()
+    depth: tuple[int, ...] = ()
+    vary: str = "together"
+    layer_order: tuple[int, ...] | None = None
+
+    def __post_init__(self):
+        for axis, top in self._tops.items():
+            choices = tuple(sorted(set(getattr(self, axis) or (top,)), reverse=True))
+            if choices[0] != top or choices[-1] < 1:
+                raise SubnetError(
+                    f"{axis} = {choices}: expected sizes from 1 to {top}, with {top} (the supernet's own) among them."
+                )
+            object.__setattr__(self, axis, choices)
+        if self.vary not in ("together", "independent", "per-layer"):
+            raise ConfigError(f"vary = {self.vary!r}: expected 'together', 'independent' or 'per-layer'.")
+        if self.vary == "together" and len(self.heads) != len(self.mlp):
+            raise SubnetError(
+                f"heads = {self.heads} and mlp = {self.mlp} vary together but are not of one length: give as many "
+                "choices for one as for the other, or vary='independent'."
+            )
+        if self.layer_order is not None and sorted(self.layer_order) != list(range(self.config.layers)):
+            raise SubnetError(f"layer_order = {self.layer_order}: expected each of 0..{self.config.layers - 1} once.")
+
+    @property
+    def _tops(self) -> dict[str, int]:
+        c = self.config
+        return {"embed": c.embed, "heads": c.heads, "mlp": c.mlp, "depth": c.layers}
+
+    @classmethod
+    def from_ratios(cls, config: EncoderConfig, *, embed=(1.0,), width=(1.0, 0.5, 0.22), depth=(1.0, 0.5), **kw):
+        """Choices as shares of the supernet; ``width`` is for heads and mlp.
+
+        Sizes round to whole units, at least 1; those above 128 to a multiple of 16, which matrix units like.
+        """
+
+        def sizes(top: int, ratios, axis: str) -> tuple[int, ...]:
+            for ratio in ratios:
+                if not 0 < ratio <= 1:
+                    raise SubnetError(f"{axis} ratio {ratio}: expected a share of the supernet in (0, 1].")
+            exact = (top * ratio for ratio in ratios)
+            return tuple(top if x == top else round(x / 16) * 16 if x > 128 else max(1, round(x)) for x in exact)
+
+        return cls(
+            config,
+            embed=sizes(config.embed, embed, "embed"),
+            heads=sizes(config.heads, width, "width"),
+            mlp=sizes(config.mlp, width, "width"),
+            depth=sizes(config.layers, depth, "depth"),
+            **kw,
+        )
+
+    def kept_layers(self, depth: int) -> tuple[int, ...]:
+        """Which layers a subnet of this depth keeps."""
+        L = self.config.layers
+        if self.layer_order is not None:
+            return tuple(sorted(self.layer_order[:depth]))
+        return tuple(i * L // depth for i in range(depth))
+
+    def uniform(self, *, embed: int, heads: int, mlp: int, depth: int) -> Subnet:
+        """The subnet with the same widths in every kept layer."""
+        return Subnet(embed, (heads,) * depth, (mlp,) * depth, self.kept_layers(depth))
+
+    @property
+    def maxnet(self) -> Subnet:
+        return maxnet(self.config)
+
+    @property
+    def minnet(self) -> Subnet:
+        return self.uniform(embed=self.embed[-1], heads=self.heads[-1], mlp=self.mlp[-1], depth=self.depth[-1])
+
+    def at_full_depth(self) -> SubnetSpace:
+        """The same widths, every layer kept: what stage 1 samples from."""
+        return dataclasses.replace(self, depth=(self.config.layers,))
+
+    def sample(self, key: Array) -> Subnet:
+        """A random subnet; the same key gives the same subnet."""
+        rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+        pick = lambda choices: choices[rng.integers(len(choices))]  # noqa: E731
+        embed, depth = pick(self.embed), pick(self.depth)
+        if self.vary == "per-layer":
+            heads, mlp = (tuple(pick(choices) for _ in range(depth)) for choices in (self.heads, self.mlp))
+            return Subnet(embed, heads, mlp, self.kept_layers(depth))
+        heads, mlp = pick(self._widths())
+        return self.uniform(embed=embed, heads=heads, mlp=mlp, depth=depth)
+
+    def _widths(self) -> list[tuple[int, int]]:
+        if self.vary == "together":
+            return list(zip(self.heads, self.mlp, strict=True))
+        return list(itertools.product(self.heads, self.mlp))
+
+    def subnets(self) -> Iterator[Subnet]:
+        """Every uniform subnet (per-layer mixtures are too many to list)."""
+        for embed, (heads, mlp), depth in itertools.product(self.embed, self._widths(), self.depth):
+            yield self.uniform(embed=embed, heads=heads, mlp=mlp, depth=depth)
+
+    def check(self, subnet: Subnet) -> Subnet:
+        """The subnet itself, if the space contains it.
+
+        Raises:
+            SubnetError: it does not; the message says along which axis, and what the choices are.
+        """
+        check_fits(self.config, subnet)
+        for axis, values in (("embed", (subnet.embed,)), ("heads", subnet.heads), ("mlp", subnet.mlp)):
+            if not set(values) <= set(getattr(self, axis)):
+                raise SubnetError(f"{axis} = {values} is not in this space: choose from {getattr(self, axis)}.")
+        if subnet.depth not in self.depth or subnet.layers != self.kept_layers(subnet.depth):
+            raise SubnetError(
+                f"layers {subnet.layers} are not in this space: choose a depth from {self.depth}, which keeps "
+                + "; ".join(f"{d}: {self.kept_layers(d)}" for d in self.depth)
+                + "."
+            )
+        if self.vary != "per-layer" and set(zip(subnet.heads, subnet.mlp, strict=True)) - set(self._widths()):
+            raise SubnetError(f"{subnet}: heads and mlp vary together here: choose from {self._widths()}.")
+        if self.vary != "per-layer" and len({*subnet.heads}) + len({*subnet.mlp}) > 2:
+            raise SubnetError(f"{subnet}: widths differ between layers, which needs vary='per-layer'.")
+        return subnet
+
+    def fraction(self, share: float) -> Subnet:
+        """The uniform subnet with the most non-embedding parameters not above ``share`` of the maxnet's.
+
+        Among equals (within 2 % of the maxnet), the one that keeps more depth, then more channels.
+
+        Raises:
+            SubnetError: even the minnet is larger.
+        """
+        whole = num_params(self.config)
+        fitting = [(num_params(self.config, s), s) for s in self.subnets()]
+        fitting = [(size, s) for size, s in fitting if size <= share * whole]
+        if not fitting:
+            least = num_params(self.config, self.minnet) / whole
+            raise SubnetError(f"no subnet at {share:.3f} of the maxnet: the minnet is {least:.3f} of it.")
+        largest = max(size for size, _ in fitting)
+        near = [(s.depth, s.embed, size, s) for size, s in fitting if size >= largest - 0.02 * whole]
+        return max(near, key=lambda row: row[:3])[-1]
+
+    def names(self) -> dict[str, Subnet]:
+        """The named palette, largest first: maxnet, the fractions that exist in this space, minnet."""
+        named = {"maxnet": self.maxnet}
+        for name, share in FRACTIONS.items():
+            try:
+                subnet = self.fraction(share)
+            except SubnetError:
+                continue
+            if subnet not in named.values():
+                named[name] = subnet
+        if self.minnet not in named.values():
+            named["minnet"] = self.minnet
+        return named
+
+    def named(self, name: str) -> Subnet:
+        """A subnet by its name, or by sizes: ``"embed=384,heads=6,mlp=768,depth=3"`` (what is left out stays whole).
+
+        Raises:
+            UnknownNameError: no such name. SubnetError: sizes that the space does not contain.
+        """
+        if "=" in name:
+            sizes = dict(self._tops)
+            for part in name.split(","):
+                axis, _, value = part.strip().partition("=")
+                if axis not in sizes:
+                    raise unknown("axis", axis, sizes)
+                if not value.isdigit():
+                    raise SubnetError(f"{part!r}: expected a whole number after {axis}=.")
+                sizes[axis] = int(value)
+            if sizes["depth"] not in self.depth:
+                raise SubnetError(f"depth = {sizes['depth']} is not in this space: choose from {self.depth}.")
+            return self.check(self.uniform(**sizes))
+        known = self.names()
+        if name == "minnet":
+            return self.minnet
+        if name not in known:
+            raise unknown("subnet", name, known)
+        return known[name]
