@@ -1,0 +1,283 @@
+"""Hugging Face checkpoint -> Model: every key accounted for, one weight in memory at a time, no torch."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+from safetensors import SafetensorError, safe_open
+
+from mlfs_jax.backbone.tree import flatten
+from mlfs_jax.errors import CheckpointError
+from mlfs_jax.hf.configs import family_of, from_hf, own_labels
+from mlfs_jax.hf.table import Family, hf_shape, to_ours
+from mlfs_jax.model import Model, abstract, build, init_weights
+from mlfs_jax.registry import resolve_model
+
+log = logging.getLogger("mlfs_jax")
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+Placement = jax.sharding.Sharding | Callable[[str, tuple[str, ...]], jax.sharding.Sharding]
+"""One sharding for every weight, or a function of its dotted name and the names of its axes."""
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What loading did beyond copying.
+
+    Attributes:
+        directory: the checkpoint.
+        files: weight files that were read.
+        initialised: our weights that the checkpoint lacks, freshly initialised (a new head).
+        dropped: keys of the checkpoint that belong to another head.
+    """
+
+    directory: Path
+    files: tuple[str, ...]
+    initialised: tuple[str, ...]
+    dropped: tuple[str, ...]
+
+    def __str__(self) -> str:
+        parts = [f"{self.directory}: read {', '.join(self.files)}"]
+        if self.initialised:
+            parts.append(f"newly initialised: {', '.join(self.initialised)}")
+        if self.dropped:
+            parts.append(f"dropped (other heads): {', '.join(self.dropped)}")
+        return "; ".join(parts)
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """One tensor of a checkpoint, not read yet."""
+
+    key: str
+    file: str
+    handle: object
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.handle.get_slice(self.key).get_shape())
+
+    def read(self, dtype) -> np.ndarray:
+        value = self.handle.get_tensor(self.key)
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise CheckpointError(
+                f"{self.key} in {self.file} holds {value.dtype}: expected floating point weights; "
+                "quantised checkpoints are not read here."
+            )
+        return value.astype(dtype)
+
+
+def from_pretrained(
+    name_or_path: str | Path,
+    *,
+    head: str | None = None,
+    labels: int | None = None,
+    problem: str | None = None,
+    key: int | Array = 0,
+    dtype=jnp.float32,
+    sharding: Placement | None = None,
+) -> Model:
+    """A pretrained model: a name of the catalogue, a hub id, or a local Hugging Face directory.
+
+    Args:
+        head: "none", "sequence", "token" or "mlm"; None keeps the checkpoint's own. Another head than its own keeps
+            the backbone and starts a new head.
+        labels: outputs of a sequence or token head; None keeps the checkpoint's own count.
+        problem: "classification" or "regression" for a sequence head; None keeps the checkpoint's own.
+        key: seed or key for weights that the checkpoint lacks.
+        dtype: of the weights in memory, whatever the checkpoint stores.
+        sharding: where each weight goes, see :data:`Placement`; nothing is gathered on one device first.
+
+    What was newly initialised or dropped is logged (logger ``mlfs_jax``); :func:`load_checkpoint` returns it.
+
+    Raises:
+        UnknownNameError, DownloadError: the name cannot be resolved.
+        ConfigError: config.json needs something that is not built here.
+        CheckpointError: a key is unknown, missing, there twice, or mis-shaped; the message names it.
+    """
+    model, report = load_checkpoint(
+        resolve_model(name_or_path),
+        head=head,
+        labels=labels,
+        problem=problem,
+        key=key,
+        dtype=dtype,
+        sharding=sharding,
+    )
+    log.log(logging.WARNING if report.initialised else logging.INFO, "%s", report)
+    return model.replace(name=Path(name_or_path).name)
+
+
+def load_checkpoint(
+    directory: str | Path,
+    *,
+    head: str | None = None,
+    labels: int | None = None,
+    problem: str | None = None,
+    key: int | Array = 0,
+    dtype=jnp.float32,
+    sharding: Placement | None = None,
+) -> tuple[Model, LoadReport]:
+    """:func:`from_pretrained` for a local directory, with the report."""
+    directory = Path(directory)
+    hf = read_config(directory)
+    family = family_of(hf)
+    with ExitStack() as stack:
+        tensors, files = _open(directory, family, stack)
+        config = from_hf(hf, head=head, labels=labels, problem=problem, pooler="pooler.dense.weight" in tensors)
+        if config.head == "none" and "pooler.dense" not in family.heads["none"]:
+            config = config.replace(pooler=False)
+        own = family.own_head(hf.get("architectures"))
+        keep_out = own == config.head and config.labels in (0, own_labels(hf))
+
+        def takes(site: str) -> bool:
+            """Whether the checkpoint's tensors for one of our sites are the ones that this head means."""
+            if site in family.heads[config.head] and not family.heads[config.head][site].startswith(family.prefix):
+                return keep_out if site == "head.out" else own == config.head
+            return True
+
+        _, base = abstract(config)
+        weights, initialised, used = {}, [], set()
+        missing = []
+        for name, spec in flatten(base).items():
+            site = name.rpartition(".")[0]
+            keys = family.keys(name, spec.axes, spec.shape, config.head)
+            found = [tensors.get(family.canonical(k)) for k in keys] if takes(site) else [None] * len(keys)
+            if None in found:
+                # A head other than the checkpoint's own may be new, but not half new.
+                whole = not takes(site) or f"{family.canonical(keys[0].rpartition('.')[0])}.weight" not in tensors
+                if site in family.heads[config.head] and (own != config.head or not takes(site)) and whole:
+                    initialised.append(name)
+                else:
+                    missing += [k for k, tensor in zip(keys, found, strict=True) if tensor is None]
+                continue
+            expected = hf_shape(name, spec.axes, spec.shape)
+            for tensor in found:
+                if tensor.shape != expected:
+                    raise CheckpointError(
+                        f"{tensor.key} in {directory / tensor.file} has shape {tensor.shape}; config.json makes it "
+                        f"{expected}."
+                    )
+            used.update(family.canonical(k) for k in keys)
+            value = to_ours(name, spec.axes, spec.shape, [tensor.read(dtype) for tensor in found])
+            weights[name] = _place(value, name, spec.axes, sharding)
+        if missing:
+            raise CheckpointError(
+                f"{directory} lacks {_some(missing)} ({len(missing)} in all); looked in {', '.join(files)}."
+            )
+        dropped = _account(tensors, used, family, weights, config.head, directory)
+
+    if initialised:
+        root = jax.random.key(key) if isinstance(key, int) else key
+        fresh = init_weights(config, root, tuple(initialised))
+        axes = {name: spec.axes for name, spec in flatten(base).items()}
+        for name, value in fresh.items():
+            weights[name] = _place(np.asarray(value, dtype), name, axes[name], sharding)
+    report = LoadReport(directory, tuple(files), tuple(initialised), tuple(dropped))
+    return build(config, weights, name=directory.name, source=directory), report
+
+
+def read_config(directory: Path) -> dict:
+    """config.json of a checkpoint, as a dict."""
+    path = directory / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{directory} has no config.json: expected a Hugging Face model directory.")
+    try:
+        hf = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(hf, dict):
+        raise CheckpointError(f"{path} holds a {type(hf).__name__}: expected an object.")
+    return hf
+
+
+def _open(directory: Path, family: Family, stack: ExitStack) -> tuple[dict[str, _Tensor], list[str]]:
+    """All tensors of a checkpoint by canonical key, unread; and the files they are in."""
+    listed = None
+    if (directory / SINGLE).is_file():
+        files = [SINGLE]
+    elif (directory / INDEX).is_file():
+        try:
+            listed = json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{directory / INDEX} has no readable weight_map: {error!r}.") from error
+        files = sorted(set(listed.values()))
+    else:
+        hint = f"expected {SINGLE} or {INDEX}."
+        if any(directory.glob("pytorch_model*.bin")):
+            hint = (
+                "it has pytorch_model.bin, a pickle, which is not read here. Convert it once where torch is "
+                "installed: AutoModel.from_pretrained(dir).save_pretrained(dir)  (the class of your head, to keep it)."
+            )
+        raise CheckpointError(f"{directory} has no safetensors weights: {hint}")
+
+    tensors: dict[str, _Tensor] = {}
+    for file in files:
+        if not (directory / file).is_file():
+            raise CheckpointError(f"{directory / INDEX} lists {file}, which is not there: fetch it again.")
+        try:
+            handle = stack.enter_context(safe_open(directory / file, framework="np"))
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{directory / file} cannot be read ({error}): fetch it again.") from error
+        for key in handle.keys():  # noqa: SIM118 (a handle is not iterable)
+            if listed is not None and key not in listed:
+                raise CheckpointError(f"{key} in {directory / file} is not in {INDEX}.")
+            canonical = family.canonical(key)
+            if canonical in tensors:
+                first = tensors[canonical]
+                raise CheckpointError(
+                    f"{key} in {directory / file} is there twice: {first.key} in {first.file} is the same weight."
+                )
+            tensors[canonical] = _Tensor(key, file, handle)
+    if listed is not None:
+        for key, file in listed.items():
+            tensor = tensors.get(family.canonical(key))
+            if tensor is None or tensor.key != key or tensor.file != file:
+                raise CheckpointError(f"{INDEX} says {key} is in {directory / file}; it is not.")
+    return tensors, files
+
+
+def _account(tensors, used, family, weights, head, directory) -> list[str]:
+    """Keys that no weight used: tied copies are compared, other heads' are returned, the rest raises."""
+    dropped, strange = [], []
+    for canonical, tensor in tensors.items():
+        if canonical in used or canonical in family.buffers:
+            continue
+        if canonical in family.tied and head == "mlm":
+            ours = weights.get(family.tied[canonical])
+            if ours is not None and not np.array_equal(tensor.read(ours.dtype), np.asarray(ours)):
+                raise CheckpointError(
+                    f"{tensor.key} in {directory / tensor.file} differs from the weight it is tied to "
+                    f"({family.tied[canonical]}): an untied output layer is not built here."
+                )
+        elif family.is_foreign(canonical):
+            dropped.append(tensor.key)
+        else:
+            strange.append(f"{tensor.key} in {tensor.file}, shape {tensor.shape}")
+    if strange:
+        raise CheckpointError(
+            f"{directory} has {len(strange)} keys that no {family.name} of this config has: {_some(strange)}."
+        )
+    return dropped
+
+
+def _place(value: np.ndarray, name: str, axes: tuple[str, ...], sharding: Placement | None) -> Array:
+    if sharding is None:
+        return jnp.asarray(value)
+    if not isinstance(sharding, jax.sharding.Sharding):
+        sharding = sharding(name, axes)
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+
+def _some(items: list[str]) -> str:
+    return ", ".join(items[:8]) + (", ..." if len(items) > 8 else "")
