@@ -51,9 +51,7 @@ class Batches:
         window: int = 50,
     ):
         if not 1 <= batch_size <= len(encoded):
-            raise ConfigError(
-                f"batch_size is {batch_size}; expected 1 to {len(encoded)}, the number of examples."
-            )
+            raise ConfigError(f"batch_size is {batch_size}; expected 1 to {len(encoded)}, the number of examples.")
         if window < 1:
             raise ConfigError(f"window is {window}; expected at least 1 batch.")
         if seed < 0:
@@ -102,9 +100,7 @@ def _bucket(length: int, buckets: Sequence[int]) -> int:
     return next(b for b in buckets if b >= length)
 
 
-def eval_batches(
-    encoded: Encoded, batch_size: int, *, buckets: Sequence[int] = BUCKETS
-) -> list[dict[str, np.ndarray]]:
+def eval_batches(encoded: Encoded, batch_size: int, *, buckets: Sequence[int] = BUCKETS) -> list[dict[str, np.ndarray]]:
     """Every example once, shortest first, in batches of exactly `batch_size` rows.
 
     As `Batches`, plus `weight` float32 [B]: 1 for an example, 0 for a row that only fills up the last batch.
@@ -118,8 +114,6 @@ def eval_batches(
         rows = order[start : start + batch_size]
         weight = np.zeros(batch_size, np.float32)
         weight[: len(rows)] = 1
-        filled = np.concatenate(
-            [rows, np.full(batch_size - len(rows), rows[0])]
-        )  # a real text: no empty attention
+        filled = np.concatenate([rows, np.full(batch_size - len(rows), rows[0])])  # a real text: no empty attention
         batches.append(pad(encoded, filled, _bucket(lengths[rows].max(), widths)) | {"weight": weight})
     return batches

@@ -82,9 +82,7 @@ def encode(examples: Examples, model_dir: str | Path, max_length: int) -> Encode
         raise ConfigError(f"max_length is {max_length}; expected 4 to {room}, the positions the model has.")
     tokenizer = load_tokenizer(model_dir)
     tokenizer.enable_truncation(max_length)
-    inputs = (
-        examples.texts if examples.pairs is None else list(zip(examples.texts, examples.pairs, strict=True))
-    )
+    inputs = examples.texts if examples.pairs is None else list(zip(examples.texts, examples.pairs, strict=True))
     encodings = tokenizer.encode_batch(list(inputs))
     lengths = [len(e.ids) for e in encodings]
     ids = np.fromiter((t for e in encodings for t in e.ids), np.int32, sum(lengths))

@@ -80,9 +80,7 @@ def read_rows(file: Path) -> list[Row]:
         content = raw.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         line = raw[: e.start].count(b"\n") + 1
-        raise DataError(
-            f"{file}, line {line}: not UTF-8 (byte 0x{raw[e.start]:02x}); save the file as UTF-8."
-        ) from e
+        raise DataError(f"{file}, line {line}: not UTF-8 (byte 0x{raw[e.start]:02x}); save the file as UTF-8.") from e
     if not content.strip():
         raise DataError(f"{file}, line 1: the file is empty; expected rows with the fields text and label.")
     rows = READERS[file.suffix](file, content)
@@ -111,9 +109,7 @@ def _read_jsonl(file: Path, content: str) -> list[Row]:
         except json.JSONDecodeError as e:
             raise DataError(f"{file}, line {line}: not JSON: {e.msg} at column {e.colno}.") from e
         if not isinstance(record, dict):
-            raise DataError(
-                f"{file}, line {line}: expected an object with text and label, got {text.strip()[:40]!r}."
-            )
+            raise DataError(f"{file}, line {line}: expected an object with text and label, got {text.strip()[:40]!r}.")
         rows.append(_row(file, line, record))
     return rows
 
@@ -125,14 +121,11 @@ def _read_csv(file: Path, content: str) -> list[Row]:
         header = reader.fieldnames or []
         missing = {"text", "label"} - set(header)
         if missing:
-            raise DataError(
-                f"{file}, line 1: no column {' and '.join(sorted(missing))}; the header has {header}."
-            )
+            raise DataError(f"{file}, line 1: no column {' and '.join(sorted(missing))}; the header has {header}.")
         for record in reader:
             if None in record or None in record.values():
                 raise DataError(
-                    f"{file}, line {reader.line_num}: expected {len(header)} fields; "
-                    "quote texts that hold a comma."
+                    f"{file}, line {reader.line_num}: expected {len(header)} fields; quote texts that hold a comma."
                 )
             records.append((reader.line_num, record))
     except csv.Error as e:
@@ -143,9 +136,7 @@ def _read_csv(file: Path, content: str) -> list[Row]:
             typed = [number(record["label"]) for _, record in records]
         except ValueError:
             continue
-        records = [
-            (line, record | {"label": label}) for (line, record), label in zip(records, typed, strict=True)
-        ]
+        records = [(line, record | {"label": label}) for (line, record), label in zip(records, typed, strict=True)]
         break
     return [_row(file, line, record) for line, record in records]
 
@@ -169,8 +160,7 @@ def _row(file: Path, line: int, record: dict) -> Row:
         or (isinstance(label, float) and not math.isfinite(label))
     ):
         raise DataError(
-            f"{file}, line {line}: label is {label!r}; expected a class (string or whole number) or a "
-            "finite score."
+            f"{file}, line {line}: label is {label!r}; expected a class (string or whole number) or a finite score."
         )
     return Row(line, text, pair, label)
 
@@ -195,9 +185,7 @@ def _examples(file: Path, rows: list[Row], problem: str, names: tuple[str, ...])
     if problem == "regression":
         for r in rows:
             if isinstance(r.label, str):
-                raise DataError(
-                    f"{file}, line {r.line}: label {r.label!r} is not a number, as regression needs."
-                )
+                raise DataError(f"{file}, line {r.line}: label {r.label!r} is not a number, as regression needs.")
         return Examples(texts, np.array([r.label for r in rows], np.float32), pairs)
     index = {name: i for i, name in enumerate(names)}
     by_index = not isinstance(rows[0].label, str) and not set(index) >= {str(r.label) for r in rows}
@@ -206,8 +194,7 @@ def _examples(file: Path, rows: list[Row], problem: str, names: tuple[str, ...])
         i = r.label if by_index and isinstance(r.label, int) else index.get(str(r.label), -1)
         if not 0 <= i < len(names):
             raise DataError(
-                f"{file}, line {r.line}: label {r.label!r} is outside the known labels "
-                f"({', '.join(names[:20])})."
+                f"{file}, line {r.line}: label {r.label!r} is outside the known labels ({', '.join(names[:20])})."
             )
         classes.append(i)
     return Examples(texts, np.array(classes, np.int32), pairs)

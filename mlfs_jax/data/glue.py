@@ -1,5 +1,6 @@
 """GLUE's nine tasks through tensorflow-datasets' array_record files: no TensorFlow is imported."""
 
+import importlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,18 +21,10 @@ class GlueSpec:
 
 _ENTAIL = ("entailment", "not_entailment")
 GLUE: dict[str, GlueSpec] = {
-    "glue/cola": GlueSpec(
-        ("sentence",), ("unacceptable", "acceptable"), "matthews", "is the sentence grammatical"
-    ),
-    "glue/sst2": GlueSpec(
-        ("sentence",), ("negative", "positive"), "accuracy", "sentiment of a movie review phrase"
-    ),
-    "glue/mrpc": GlueSpec(
-        ("sentence1", "sentence2"), ("not_equivalent", "equivalent"), "f1", "news paraphrases"
-    ),
-    "glue/qqp": GlueSpec(
-        ("question1", "question2"), ("not_duplicate", "duplicate"), "f1", "duplicate questions"
-    ),
+    "glue/cola": GlueSpec(("sentence",), ("unacceptable", "acceptable"), "matthews", "is the sentence grammatical"),
+    "glue/sst2": GlueSpec(("sentence",), ("negative", "positive"), "accuracy", "sentiment of a movie review phrase"),
+    "glue/mrpc": GlueSpec(("sentence1", "sentence2"), ("not_equivalent", "equivalent"), "f1", "news paraphrases"),
+    "glue/qqp": GlueSpec(("question1", "question2"), ("not_duplicate", "duplicate"), "f1", "duplicate questions"),
     "glue/stsb": GlueSpec(("sentence1", "sentence2"), (), "pearson", "similarity from 0 to 5", "regression"),
     "glue/mnli": GlueSpec(
         ("premise", "hypothesis"),
@@ -39,9 +32,7 @@ GLUE: dict[str, GlueSpec] = {
         "accuracy",
         "natural language inference",
     ),
-    "glue/qnli": GlueSpec(
-        ("question", "sentence"), _ENTAIL, "accuracy", "does the sentence answer the question"
-    ),
+    "glue/qnli": GlueSpec(("question", "sentence"), _ENTAIL, "accuracy", "does the sentence answer the question"),
     "glue/rte": GlueSpec(("sentence1", "sentence2"), _ENTAIL, "accuracy", "textual entailment"),
     "glue/wnli": GlueSpec(
         ("sentence1", "sentence2"),
@@ -67,12 +58,19 @@ def read_glue(name: str, data_dir: str | Path | None = None) -> dict[str, Exampl
     """
     try:
         import tensorflow_datasets as tfds
+
+        # Without TensorFlow, tensorflow-datasets does not look for its own builders: importing one registers it.
+        importlib.import_module("tensorflow_datasets.text.glue")
     except ImportError as e:
         raise DownloadError(
-            f"{name!r} is read with tensorflow-datasets: `pip install mlfs_jax[tfds]` first."
+            f"{name!r} is read with tensorflow-datasets: `pip install 'mlfs-jax[tfds]'` first ({e})."
         ) from e
     try:
-        sources = tfds.data_source(name, data_dir=None if data_dir is None else str(data_dir))
+        sources = tfds.data_source(
+            name,
+            data_dir=None if data_dir is None else str(data_dir),
+            builder_kwargs={"file_format": "array_record"},  # the default, TFRecord, needs TensorFlow
+        )
     except Exception as e:  # its download code raises a dozen kinds
         first = (str(e).strip().splitlines() or [""])[0]
         raise DownloadError(
@@ -96,17 +94,13 @@ def _examples(name: str, split: str, source) -> Examples:
     for i, record in enumerate(source):
         missing = {*spec.texts, "label"} - set(record)
         if missing:
-            raise DataError(
-                f"{name} {split}, record {i}: no field {sorted(missing)}; it has {sorted(record)}."
-            )
+            raise DataError(f"{name} {split}, record {i}: no field {sorted(missing)}; it has {sorted(record)}.")
         for column, field in zip(columns, spec.texts, strict=True):
             value = record[field]
             column.append(value.decode("utf-8") if isinstance(value, bytes) else str(value))
         label = record["label"]
         if spec.labels and not 0 <= int(label) < len(spec.labels):
-            raise DataError(
-                f"{name} {split}, record {i}: label {int(label)} is outside 0..{len(spec.labels) - 1}."
-            )
+            raise DataError(f"{name} {split}, record {i}: label {int(label)} is outside 0..{len(spec.labels) - 1}.")
         labels.append(label)
     dtype = np.int32 if spec.labels else np.float32
     return Examples(columns[0], np.array(labels, dtype), columns[1] if len(columns) > 1 else None)

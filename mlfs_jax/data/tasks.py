@@ -79,9 +79,7 @@ def get_task(
     path = Path(name_or_path).expanduser()
     known = name in task_names()
     if known and (problem is not None or labels is not None):
-        raise ConfigError(
-            f"problem and labels of the task {name!r} are fixed; they can be given for own files only."
-        )
+        raise ConfigError(f"problem and labels of the task {name!r} are fixed; they can be given for own files only.")
     if name == "wiki-topic":
         task = Task(
             name,
