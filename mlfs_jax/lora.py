@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
@@ -105,6 +107,27 @@ def stack_stages(stages: Sequence[Lora]) -> Lora:
                 else:
                     into[leaf] = into[leaf] + value
     return merged
+
+
+def save_lora(file: str | Path, lora: Mapping) -> None:
+    """Write an adapter to one safetensors file, atomically; names are ``site/leaf``."""
+    from safetensors.numpy import save_file
+
+    flat = {f"{site}/{leaf}": np.asarray(value) for site, entry in lora.items() for leaf, value in entry.items()}
+    fresh = Path(file).with_suffix(".tmp")
+    save_file(flat, fresh)
+    fresh.replace(file)
+
+
+def load_lora(file: str | Path) -> Lora:
+    """Read what :func:`save_lora` wrote."""
+    from safetensors.numpy import load_file
+
+    lora: Lora = {}
+    for name, value in load_file(file).items():
+        site, leaf = name.split("/")
+        lora.setdefault(site, {})[leaf] = jnp.asarray(value)
+    return lora
 
 
 def _update(base: nnx.State, lora: Mapping, sign: int) -> nnx.State:

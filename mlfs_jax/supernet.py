@@ -1,0 +1,188 @@
+"""One training step of the supernet: the maxnet and its subnets, their gradients summed, one update.
+
+Pure functions of (params, base, batch, masks). ``params`` is what a stage trains, ``{"lora": adapter, "features": U}``;
+the base is an argument that nothing differentiates, so no gradient of it is ever computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from mlfs_jax.backbone.tree import Mask, Output
+from mlfs_jax.config import EncoderConfig
+from mlfs_jax.distill import DistillConfig, feature_loss, logit_loss, task_loss
+from mlfs_jax.errors import ConfigError
+from mlfs_jax.model import abstract, forward
+from mlfs_jax.slicing import slice_base, slice_config, slice_lora, slice_mask
+from mlfs_jax.subnet import Subnet, make_mask
+
+Params = dict
+EXECUTIONS = ("sliced", "masked")
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["params", "opt_state", "step"], meta_fields=[])
+@dataclass(frozen=True)
+class TrainState:
+    """What a step changes: the trained tree, its optimizer state, and the number of steps taken."""
+
+    params: Params
+    opt_state: optax.OptState
+    step: Int[Array, ""]
+
+
+def gradient_weights(trainable: list[int], gamma: float) -> list[float]:
+    """w_j proportional to (n_max / n_j)^gamma, summing to the number of subnets (MLFS, section 3.2).
+
+    ``trainable`` holds n_j, the adapter parameters active in each subnet, the maxnet's first. gamma = 0 is a plain sum.
+    """
+    raw = [(trainable[0] / n) ** gamma for n in trainable]
+    return [w * len(raw) / sum(raw) for w in raw]
+
+
+@dataclass(frozen=True)
+class Supernet:
+    """The step of one model: what to compute is fixed here, the trees are arguments.
+
+    Attributes:
+        execution: "masked": one compiled step for every subnet there is; each costs as much as the maxnet's width.
+            "sliced": a subnet is cut to its widths before it runs (depth still skips by ``lax.cond``), which costs one
+            compile for each distinct width, and saves the time.
+    """
+
+    config: EncoderConfig
+    distill: DistillConfig
+    optimizer: optax.GradientTransformation
+    execution: str = "sliced"
+
+    def __post_init__(self):
+        if self.execution not in EXECUTIONS:
+            raise ConfigError(f"execution = {self.execution!r}: expected one of {', '.join(EXECUTIONS)}.")
+        if self.config.head != "sequence":
+            raise ConfigError(f"a {self.config.head!r} head: training needs a 'sequence' head.")
+
+    @cached_property
+    def graphdef(self) -> nnx.GraphDef:
+        return abstract(self.config)[0]
+
+    def init(self, params: Params) -> TrainState:
+        return TrainState(params, self.optimizer.init(params), jnp.zeros((), jnp.int32))
+
+    # -- losses ---------------------------------------------------------------------------------------------------
+
+    def maxnet_loss(self, params: Params, base: nnx.State, batch: Mapping) -> tuple[Float[Array, ""], Output]:
+        """Task loss of the maxnet, and its outputs for the subnets to learn from."""
+        out = forward(self.graphdef, base, batch, lora=params["lora"], taps=self.distill.beta > 0)
+        return task_loss(out.logits, batch["labels"], self.config.problem), out
+
+    def subnet_loss(
+        self, params: Params, base: nnx.State, batch: Mapping, teacher: Output, mask: Mask, widths: Subnet | None
+    ) -> Float[Array, ""]:
+        """Loss of one subnet under its teacher; run at ``widths`` when given (mask and trees are cut to them)."""
+        graphdef, lora, distill = self.graphdef, params["lora"], self.distill
+        if widths is not None:
+            graphdef = abstract(slice_config(self.config, widths))[0]
+            lora, base, mask = slice_lora(base, lora, widths), slice_base(base, widths), slice_mask(mask, widths)
+        out = forward(graphdef, base, batch, lora=lora, mask=mask, taps=distill.beta > 0)
+        loss = (1 - distill.alpha) * task_loss(out.logits, batch["labels"], self.config.problem)
+        if distill.alpha:
+            loss += distill.alpha * logit_loss(teacher.logits, out.logits, distill, self.config.problem)
+        if distill.beta:
+            tokens = batch["attention_mask"]
+            loss += distill.beta * feature_loss(
+                teacher.taps, out.taps, params["features"], mask, tokens, distill.features
+            )
+        return loss
+
+    # -- gradients ------------------------------------------------------------------------------------------------
+
+    def _maxnet_grads(self, params, base, batch, weight):
+        (loss, teacher), grads = jax.value_and_grad(self.maxnet_loss, has_aux=True)(params, base, batch)
+        return jax.tree.map(lambda g: weight * g, grads), loss, jax.lax.stop_gradient(teacher)
+
+    def _add_subnet_grads(self, total, params, base, batch, teacher, mask, weight, widths):
+        loss, grads = jax.value_and_grad(self.subnet_loss)(params, base, batch, teacher, mask, widths)
+        return jax.tree.map(lambda t, g: t + weight * g, total, grads), loss
+
+    def _update(self, state: TrainState, grads: Params) -> TrainState:
+        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+        return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
+
+    # -- the compiled step ----------------------------------------------------------------------------------------
+
+    @cached_property
+    def masked_step(self):
+        """``(state, base, batch, masks [J, ...], weights [1 + J]) -> (state, losses [1 + J])``, compiled once."""
+
+        def step(state, base, batch, masks, weights):
+            grads, loss, teacher = self._maxnet_grads(state.params, base, batch, weights[0])
+
+            def subnet(total, scanned):
+                mask, weight = scanned
+                return self._add_subnet_grads(total, state.params, base, batch, teacher, mask, weight, None)
+
+            grads, losses = jax.lax.scan(subnet, grads, (masks, weights[1:]))
+            return self._update(state, grads), jnp.concatenate([loss[None], losses])
+
+        return jax.jit(step, donate_argnames="state")
+
+    @cached_property
+    def _compiled(self):
+        return (
+            jax.jit(self._maxnet_grads),
+            jax.jit(self._add_subnet_grads, static_argnames="widths", donate_argnames="total"),
+            jax.jit(self._update, donate_argnames=("state", "grads")),
+        )
+
+    def step(
+        self, state: TrainState, base: nnx.State, batch: Mapping, subnets: tuple[Subnet, ...], gamma: float
+    ) -> tuple[TrainState, Float[Array, " J"]]:
+        """Train the maxnet and ``subnets`` on a batch. ``state`` is donated. Returns the losses, the maxnet's first."""
+        sizes = [trainable_params(self.config, s, _shapes(state.params["lora"])) for s in (None, *subnets)]
+        weights = jnp.asarray(gradient_weights(sizes, gamma), jnp.float32)
+        masks = [_mask(self.config, subnet) for subnet in subnets]
+        if self.execution == "masked" and masks:
+            return self.masked_step(state, base, batch, jax.tree.map(lambda *m: jnp.stack(m), *masks), weights)
+        maxnet_grads, add_subnet_grads, update = self._compiled
+        grads, loss, teacher = maxnet_grads(state.params, base, batch, weights[0])
+        losses = [loss]
+        for subnet, mask, weight in zip(subnets, masks, weights[1:], strict=True):
+            widths = widths_of(self.config, subnet)
+            grads, loss = add_subnet_grads(grads, state.params, base, batch, teacher, mask, weight, widths)
+            losses.append(loss)
+        return update(state, grads), jnp.stack(losses)
+
+
+def widths_of(config: EncoderConfig, subnet: Subnet) -> Subnet:
+    """The full-depth, uniform subnet that is just wide enough to hold ``subnet``: what a sliced step compiles for."""
+    L = config.layers
+    return Subnet(subnet.embed, (max(subnet.heads),) * L, (max(subnet.mlp),) * L, tuple(range(L)))
+
+
+@lru_cache(maxsize=4096)
+def _mask(config: EncoderConfig, subnet: Subnet) -> Mask:
+    return make_mask(config, subnet)
+
+
+def _shapes(lora: Mapping) -> tuple:
+    """The shapes of an adapter, hashable."""
+    return tuple((site, leaf, x.shape) for site, entry in lora.items() for leaf, x in entry.items())
+
+
+@lru_cache(maxsize=4096)
+def trainable_params(config: EncoderConfig, subnet: Subnet | None, lora_shapes: tuple) -> int:
+    """Adapter parameters active in a subnet (None: the maxnet)."""
+    lora: dict = {}
+    for site, leaf, shape in lora_shapes:
+        lora.setdefault(site, {})[leaf] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    if subnet is not None:
+        base = abstract(config)[1]
+        lora = jax.eval_shape(lambda base, lora: slice_lora(base, lora, subnet), base, lora)
+    return sum(leaf.size for leaf in jax.tree.leaves(lora))

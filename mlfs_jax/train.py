@@ -1,0 +1,282 @@
+"""``fit``: from a pretrained model and a task to a run folder that holds a palette.
+
+A run folder holds run.json (the config), metrics.jsonl (the loss curve), checkpoints/ (of the stage under way),
+order.json (the importance order of the axes), and adapters/stageN.safetensors for every finished stage. The base is not
+copied: a run is a few megabytes beside its pretrained model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mlfs_jax.checkpoint import Checkpoints
+from mlfs_jax.data.batches import BUCKETS, Batches
+from mlfs_jax.data.encode import Encoded, load_task
+from mlfs_jax.data.tasks import Task, get_task
+from mlfs_jax.distill import DistillConfig, init_projection, task_loss
+from mlfs_jax.errors import ConfigError
+from mlfs_jax.evaluate import evaluate
+from mlfs_jax.hf.load import from_pretrained
+from mlfs_jax.importance import Order, importance_order, measure_importance, reorder, reorder_lora
+from mlfs_jax.lora import Lora, init_lora, load_lora, merge_lora, save_lora, stack_stages
+from mlfs_jax.model import Model, forward
+from mlfs_jax.registry import resolve_model
+from mlfs_jax.run import Preemption, Run, preemption
+from mlfs_jax.slicing import slice_subnet
+from mlfs_jax.stages import Stage, paper_stages
+from mlfs_jax.subnet import SubnetSpace
+from mlfs_jax.supernet import Supernet, TrainState
+
+log = logging.getLogger("mlfs_jax")
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """Everything that decides what a run computes; a run folder only ever continues with the same one.
+
+    Attributes:
+        model: a name of the catalogue, a hub id, or a local Hugging Face directory.
+        task: a task's name, or a .jsonl / .csv file, or a folder of them.
+        steps: optimizer steps of stages 0 (maxnet), 1 (widths), 2 (widths and depths).
+        rank: R of every stage's low-rank pairs.
+        random_subnets: n of the sandwich rule: every step trains the maxnet, the minnet, and n random subnets.
+        gamma: exponent of the gradient scaling (n_max / n_j)^gamma.
+        embed, width, depth: choices of the subnet space, as shares of the supernet; width is for heads and mlp.
+        vary: "together", "independent" or "per-layer": how heads and mlp shrink, see SubnetSpace.
+        reorder: order heads, neurons and channels by importance after stage 0; else a subnet is the first k.
+        importance_examples: training examples that the importance scores are measured on.
+        execution: "sliced" or "masked", see Supernet.
+        max_length: tokens; longer texts are cut. The default is the task's.
+        buckets: lengths that batches are padded to (each is one more compile of a step).
+        limit: at most this many examples of each split.
+        save_every: steps between checkpoints.
+    """
+
+    model: str
+    task: str
+    seed: int = 0
+    steps: tuple[int, int, int] = (300, 300, 300)
+    learning_rate: float = 1e-3
+    batch_size: int = 32
+    rank: int = 8
+    random_subnets: int = 2
+    gamma: float = 0.0
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    embed: tuple[float, ...] = (1.0,)
+    width: tuple[float, ...] = (1.0, 0.5, 0.22)
+    depth: tuple[float, ...] = (1.0, 0.5)
+    vary: str = "together"
+    reorder: bool = True
+    importance_examples: int = 512
+    execution: str = "sliced"
+    max_length: int | None = None
+    buckets: tuple[int, ...] = BUCKETS
+    limit: int | None = None
+    save_every: int = 100
+
+    def __post_init__(self):
+        if self.save_every < 1 or self.importance_examples < 1:
+            raise ConfigError(
+                f"save_every = {self.save_every}, importance_examples = {self.importance_examples}: expected >= 1."
+            )
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        stages = paper_stages(self.steps, self.learning_rate, self.rank)
+        return tuple(dataclasses.replace(stage, random_subnets=self.random_subnets) for stage in stages)
+
+    def space(self, config) -> SubnetSpace:
+        return SubnetSpace.from_ratios(config, embed=self.embed, width=self.width, depth=self.depth, vary=self.vary)
+
+    def load_model(self, task: Task) -> Model:
+        """The pretrained model with a head for the task; new weights come from the seed."""
+        return from_pretrained(self.model, head="sequence", labels=task.num_labels, problem=task.problem, key=self.seed)
+
+    def load_data(self, task: Task) -> dict[str, Encoded]:
+        return load_task(task, resolve_model(self.model), max_length=self.max_length, limit=self.limit)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a run folder holds, put together: the frozen model in importance order, and its adapters.
+
+    Attributes:
+        model: the pretrained model, reordered when the run did so.
+        stages: one adapter for each finished stage.
+        order: the permutation that was applied, or None.
+    """
+
+    config: FitConfig
+    task: Task
+    model: Model
+    stages: tuple[Lora, ...]
+    order: Order | None
+
+    @property
+    def lora(self) -> Lora:
+        """The sum of all finished stages."""
+        return stack_stages(self.stages)
+
+    @property
+    def space(self) -> SubnetSpace:
+        return self.config.space(self.model.config)
+
+    @property
+    def merged(self) -> Model:
+        return self.model.replace(base=merge_lora(self.model.base, self.lora))
+
+
+def load_run(path: str | Path, *, finished: bool = False) -> Fitted:
+    """Open a run folder.
+
+    Raises:
+        RunError: there is none, or (with ``finished``) it has not come to its end.
+    """
+    run = Run.open(path, finished=finished)
+    saved = dict(run.config)
+    saved["distill"] = DistillConfig(**saved["distill"])
+    config = FitConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
+    task = get_task(config.task)
+    return _assemble(run, config, task, config.load_model(task))
+
+
+def _assemble(run: Run, config: FitConfig, task: Task, model: Model) -> Fitted:
+    files = [_adapter_file(run, stage) for stage in config.stages]
+    stages = tuple(load_lora(file) for file in files if file.exists())
+    order = None
+    if stages and config.reorder:
+        order = Order.from_json(run.read_json("order"))
+        model = reorder(model, order)
+    return Fitted(config, task, model, stages, order)
+
+
+def _adapter_file(run: Run, stage: Stage) -> Path:
+    return run.path / "adapters" / f"{stage.name}.safetensors"
+
+
+def fit(config: FitConfig, out: str | Path, *, console: Console | None = None) -> Fitted | None:
+    """Train the three stages into the folder ``out``; continue there if it holds the same run, unfinished.
+
+    Returns None when a SIGTERM or Ctrl-C ended it early (everything is saved; the same call goes on).
+
+    Raises:
+        RunError: ``out`` holds another run.
+        MLFSError: a name, file or setting is wrong; the message says which.
+    """
+    console = console or Console()
+    task = get_task(config.task)
+    model, data = config.load_model(task), config.load_data(task)
+    with Run.create_or_resume(out, dataclasses.asdict(config)) as run, preemption() as stop:
+        fitted = _assemble(run, config, task, model)
+        for number, stage in enumerate(config.stages):
+            if number < len(fitted.stages):
+                continue
+            lora = _train_stage(fitted, number, data["train"], run, stop, console)
+            if lora is None:
+                console.print(f"stopped by {stop.signal}; the same command continues this run.")
+                return None
+            if number == 0 and config.reorder:
+                order = _measure_order(fitted, lora, data["train"])
+                run.write_json("order", order.to_json())
+                lora = reorder_lora(fitted.model, lora, order)
+            file = _adapter_file(run, stage)
+            file.parent.mkdir(exist_ok=True)
+            save_lora(file, lora)  # from here on the stage is finished
+            fitted = _assemble(run, config, task, model)
+            _report(fitted, stage, data["validation"], console)
+        if not run.finished:
+            run.finish(stages=[stage.name for stage in config.stages])
+    return fitted
+
+
+def _train_stage(
+    fitted: Fitted, number: int, train: Encoded, run: Run, stop: Preemption, console: Console
+) -> Lora | None:
+    """Train one stage; None when it was asked to stop."""
+    config, stage, space = fitted.config, fitted.config.stages[number], fitted.space
+    first = sum(s.steps for s in config.stages[:number])  # steps count on through the stages
+    model = fitted.merged if fitted.stages else fitted.model  # earlier pairs are frozen: part of the base
+    root = jax.random.fold_in(jax.random.key(config.seed), number)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, stage.learning_rate, max(1, stage.steps * 6 // 100), stage.steps)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+    supernet = Supernet(model.config, config.distill, optimizer, config.execution)
+
+    params = {"lora": init_lora(jax.random.fold_in(root, 0), model, rank=stage.rank, full=("head",))}
+    if stage.sample != "maxnet" and config.distill.beta:
+        params["features"] = init_projection(jax.random.fold_in(root, 1), model.config.embed, config.distill)
+    # placed before the first step, as a restored state is: else the step compiles twice
+    state: TrainState = jax.device_put(supernet.init(params), jax.devices()[0])
+
+    batches = Batches(train, config.batch_size, seed=config.seed + 1000 * number, buckets=config.buckets)
+    with Checkpoints(run.checkpoints) as checkpoints, _progress(console) as progress:
+        latest = checkpoints.latest()
+        if latest is not None and latest > first:
+            state, _ = checkpoints.restore(state)
+        run.rewind(first + int(state.step))
+        bar = progress.add_task(stage.name, total=stage.steps, completed=int(state.step), losses="")
+        pending: list[tuple[int, jax.Array]] = []
+
+        def flush() -> None:
+            for step, losses in pending:
+                run.log(step=step, stage=stage.name, losses=np.asarray(losses).tolist())
+            pending.clear()
+
+        for step in range(int(state.step), stage.steps):
+            subnets = stage.subnets(space, jax.random.fold_in(root, 2 + step))
+            state, losses = supernet.step(state, model.base, batches[step], subnets, config.gamma)
+            pending.append((first + step + 1, losses))
+            if (step + 1) % 10 == 0:
+                shown = f"loss maxnet {losses[0]:.3f}" + (f", minnet {losses[1]:.3f}" if subnets else "")
+                progress.update(bar, losses=shown)
+            progress.update(bar, completed=step + 1)
+            save = stop or (step + 1) % config.save_every == 0
+            if save or step + 1 == stage.steps:
+                flush()
+            if save:
+                checkpoints.save(first + step + 1, state, {"stage": stage.name})
+            if stop:
+                return None
+    return jax.tree.map(jnp.asarray, state.params["lora"])
+
+
+def _measure_order(fitted: Fitted, lora: Lora, train: Encoded) -> Order:
+    """The importance order of the maxnet after stage 0, on a few hundred training examples."""
+    config = fitted.config
+    model = fitted.model.replace(base=merge_lora(fitted.model.base, lora))
+
+    def loss(base: nnx.State, batch) -> jax.Array:
+        logits = forward(model.graphdef, base, batch).logits
+        return task_loss(logits, batch["labels"], model.config.problem)
+
+    size = min(config.batch_size, len(train))
+    batches = Batches(train, size, seed=config.seed, buckets=config.buckets)
+    count = max(1, min(config.importance_examples // size, batches.epoch_steps))
+    return importance_order(measure_importance(model, (batches[i] for i in range(count)), loss))
+
+
+def _report(fitted: Fitted, stage: Stage, validation: Encoded, console: Console) -> None:
+    """One line after each stage: how the maxnet and the minnet do on the validation split."""
+    space, metric = fitted.space, fitted.task.metric
+    names = ("maxnet",) if stage.sample == "maxnet" else ("maxnet", "minnet")
+    scores = []
+    for name in names:
+        subnet = space.maxnet if name == "maxnet" else space.minnet
+        score = evaluate(slice_subnet(fitted.merged, subnet), validation, metric)
+        scores.append(f"{name} {metric} {score[metric]:.4f}, loss {score['loss']:.4f}")
+    console.print(f"{stage.name} done. validation: " + "; ".join(scores))
+
+
+def _progress(console: Console) -> Progress:
+    name, losses = TextColumn("{task.description}"), TextColumn("{task.fields[losses]}")
+    return Progress(name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), losses, console=console)
