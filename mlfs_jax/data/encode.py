@@ -11,6 +11,8 @@ from mlfs_jax.data.examples import Examples
 from mlfs_jax.data.tasks import Task, get_task
 from mlfs_jax.errors import ConfigError, DataError
 
+CHUNK = 4096  # texts tokenized at once: the tokenizer's own objects are 100 times larger than the ids
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -82,16 +84,27 @@ def encode(examples: Examples, model_dir: str | Path, max_length: int) -> Encode
         raise ConfigError(f"max_length is {max_length}; expected 4 to {room}, the positions the model has.")
     tokenizer = load_tokenizer(model_dir)
     tokenizer.enable_truncation(max_length)
-    inputs = examples.texts if examples.pairs is None else list(zip(examples.texts, examples.pairs, strict=True))
-    encodings = tokenizer.encode_batch(list(inputs))
-    lengths = [len(e.ids) for e in encodings]
-    ids = np.fromiter((t for e in encodings for t in e.ids), np.int32, sum(lengths))
-    types = None
-    if config.get("type_vocab_size", 0) > 1:
-        types = np.fromiter((t for e in encodings for t in e.type_ids), np.int32, sum(lengths))
+    inputs = list(examples.texts)
+    if examples.pairs is not None:
+        inputs = list(zip(inputs, examples.pairs, strict=True))
+    with_types = config.get("type_vocab_size", 0) > 1
+    lengths, ids, types = [], [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
+    for start in range(0, len(inputs), CHUNK):
+        encodings = tokenizer.encode_batch(inputs[start : start + CHUNK])
+        lengths += [len(e.ids) for e in encodings]
+        ids.append(np.array([t for e in encodings for t in e.ids], np.int32))
+        if with_types:
+            types.append(np.array([t for e in encodings for t in e.type_ids], np.int32))
     pad_id = config.get("pad_token_id")
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    return Encoded(ids, types, offsets, examples.labels, 0 if pad_id is None else pad_id, max_length)
+    return Encoded(
+        ids=np.concatenate(ids),
+        types=np.concatenate(types) if with_types else None,
+        offsets=offsets,
+        labels=examples.labels,
+        pad_id=0 if pad_id is None else pad_id,
+        max_length=max_length,
+    )
 
 
 def positions(config: dict) -> int:
