@@ -68,9 +68,7 @@ def from_hf(
     if head not in family.heads:
         raise ConfigError(f"head = {head!r}: expected one of {', '.join(family.heads)}.")
     if head == "mlm" and not hf.get("tie_word_embeddings", True):
-        raise ConfigError(
-            "tie_word_embeddings = false in config.json: the mlm head here uses the token table itself."
-        )
+        raise ConfigError("tie_word_embeddings = false in config.json: the mlm head here uses the token table itself.")
 
     values = {}
     for ours, (theirs, default) in family.fields.items():

@@ -1,0 +1,224 @@
+"""Model -> Hugging Face directory: config.json, safetensors, tokenizer, model card; in one rename."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from mlfs_jax.backbone.tree import flatten
+from mlfs_jax.config import EncoderConfig
+from mlfs_jax.errors import CheckpointError, RunError
+from mlfs_jax.hf.card import model_card
+from mlfs_jax.hf.configs import to_hf
+from mlfs_jax.hf.families import FAMILIES
+from mlfs_jax.hf.fit import Fit, find_fit, fit_weights
+from mlfs_jax.hf.load import INDEX, SINGLE
+from mlfs_jax.hf.table import to_theirs
+from mlfs_jax.model import Model, abstract
+
+REPORT = "mlfs_export.json"
+"""The report beside the weights; it also marks a folder as one that a new export may replace."""
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+)
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export wrote, and what it cost to say it in Hugging Face's terms.
+
+    Attributes:
+        directory: where it is.
+        files: what is in it.
+        sliced: config field -> (size in the model it was sliced from, size here), where they differ and where the
+            exporter was told.
+        padded: config field -> (size of the model, size in the export), where Hugging Face needs another one.
+        why: one sentence on each repair; empty when the shape is expressible as it is.
+        params_before: parameters of the model.
+        params_after: parameters of the export.
+        exact: the export computes the same function, to rounding. With ``copies`` > 1 hidden states and pooler output
+            hold the model's channels that many times over; logits are the model's own.
+        copies: how often each channel of the residual stream is repeated.
+    """
+
+    directory: Path
+    files: tuple[str, ...]
+    sliced: dict[str, tuple[int, int]]
+    padded: dict[str, tuple[int, int]]
+    why: tuple[str, ...]
+    params_before: int
+    params_after: int
+    exact: bool = True
+    copies: int = 1
+
+    def to_json(self) -> dict:
+        return dataclasses.asdict(self) | {"directory": self.directory.name}
+
+
+def export_hf(
+    model: Model,
+    directory: str | Path,
+    *,
+    tokenizer_from: str | Path | None = None,
+    label_names: Sequence[str] | None = None,
+    sliced_from: EncoderConfig | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    card: str | None = None,
+) -> ExportReport:
+    """Write a model, sliced or whole, so that ``transformers`` opens it with ``from_pretrained``.
+
+    The folder appears in one rename. An earlier export there is replaced; anything else is left alone.
+
+    Args:
+        tokenizer_from: folder with tokenizer files to copy; None: ``model.source``, if it has any.
+        label_names: C names for ``id2label``.
+        sliced_from: config of the model that this one is a slice of, for the report and the card.
+        max_shard_bytes: weights beyond this are split over several files with an index.
+        card: Markdown for the model card, after what it says of itself: the numbers of an evaluation.
+
+    Raises:
+        ConfigError: the family cannot express the model, for another reason than the width of its heads.
+        RunError: the folder holds something that is not an export.
+        CheckpointError: ``tokenizer_from`` has no tokenizer.
+    """
+    directory = Path(directory).expanduser()
+    _check_free(directory)
+    tokenizer = _tokenizer_files(tokenizer_from, model.source)
+    fit = find_fit(model.config)
+    config, weights = fit_weights(model, fit)
+    hf = to_hf(config, label_names=label_names)
+    hf["dtype"] = str(weights["embed.tokens.table"].dtype)
+
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        fresh.chmod(0o755)  # mkdtemp's own is for this user only
+        files = ["config.json", *_write_weights(fresh, config, weights, max_shard_bytes)]
+        (fresh / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
+        for path in tokenizer:
+            shutil.copyfile(path, fresh / path.name)
+            files.append(path.name)
+        files += ["README.md", REPORT]
+        report = ExportReport(
+            directory=directory,
+            files=tuple(files),
+            sliced=_changes(sliced_from, model.config),
+            padded=_changes(model.config, config),
+            why=_why(model.config, fit),
+            params_before=model.num_params,
+            params_after=sum(weight.size for weight in weights.values()),
+            copies=fit.copies,
+        )
+        (fresh / "README.md").write_text(model_card(model, config, report, card), encoding="utf-8")
+        (fresh / REPORT).write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
+        _replace(fresh, directory)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return report
+
+
+def _check_free(directory: Path) -> None:
+    if not directory.exists():
+        return
+    if not directory.is_dir() or (any(directory.iterdir()) and not (directory / REPORT).is_file()):
+        raise RunError(
+            f"{directory} holds something that is not an export of mlfs_jax (no {REPORT}): choose another "
+            "folder, or empty this one."
+        )
+
+
+def _tokenizer_files(asked: str | Path | None, source: Path | None) -> list[Path]:
+    folder = Path(asked).expanduser() if asked is not None else source
+    files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()] if folder is not None else []
+    if asked is not None and not files:
+        raise CheckpointError(f"tokenizer_from = {folder}: there is none of {', '.join(TOKENIZER_FILES)}.")
+    return files
+
+
+def _write_weights(
+    folder: Path, config: EncoderConfig, weights: dict[str, np.ndarray], max_shard_bytes: int
+) -> list[str]:
+    """Write the safetensors files, one shard in memory at a time; returns their names."""
+    family, specs = FAMILIES[config.family], flatten(abstract(config)[1])
+    keys = {name: family.keys(name, spec.axes, spec.shape, config.head) for name, spec in specs.items()}
+    shards: list[list[tuple[str, str, int]]] = [[]]  # (key, our name, which layer)
+    room, total = max_shard_bytes, 0
+    for name, weight in weights.items():
+        size = weight.nbytes // len(keys[name])
+        for i, key in enumerate(keys[name]):
+            if size > room and shards[-1]:
+                shards.append([])
+                room = max_shard_bytes
+            shards[-1].append((key, name, i))
+            room -= size
+            total += size
+    many = len(shards) > 1
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if many else SINGLE for i in range(len(shards))]
+    weight_map = {}
+    for file, shard in zip(names, shards, strict=True):
+        turned = {name: to_theirs(name, specs[name].axes, weights[name]) for name in {name for _, name, _ in shard}}
+        save_file({key: turned[name][i] for key, name, i in shard}, folder / file, metadata={"format": "pt"})
+        weight_map |= {key: file for key, _, _ in shard}
+    if many:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        names.append(INDEX)
+    return names
+
+
+def _replace(fresh: Path, directory: Path) -> None:
+    """Move ``fresh`` to ``directory``; an earlier export leaves only once the new one is whole."""
+    if directory.exists():
+        _check_free(directory)  # it may have changed meanwhile
+        old = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old.", dir=directory.parent))
+        directory.rename(old)
+        fresh.rename(directory)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        fresh.rename(directory)
+
+
+def _changes(before: EncoderConfig | None, after: EncoderConfig) -> dict[str, tuple[int, int]]:
+    if before is None:
+        return {}
+    pairs = {f: (getattr(before, f), getattr(after, f)) for f in ("embed", "layers", "heads", "head_dim", "mlp")}
+    return {f: (a, b) for f, (a, b) in pairs.items() if a != b}
+
+
+def _why(config: EncoderConfig, fit: Fit) -> tuple[str, ...]:
+    d, n, h = config.embed, config.heads, config.head_dim
+    why = []
+    if (fit.embed, fit.heads, fit.head_dim) != (d, n, h):
+        why.append(
+            f"{config.family} at Hugging Face has head size = hidden / heads; here {n} heads of size {h} go with "
+            f"{d} channels."
+        )
+    if fit.copies > 1:
+        why.append(
+            f"Each of the {d} channels is repeated {fit.copies} times (norms do not change; readers take the "
+            "first copy)."
+        )
+    if fit.heads != n:
+        why.append(f"{fit.heads - n} heads of zeros are added to the {n}.")
+    if fit.head_dim != h:
+        why.append(
+            f"Heads are padded with zeros from {h} to {fit.head_dim}; queries are scaled by sqrt({fit.head_dim}/{h})."
+        )
+    return tuple(why)

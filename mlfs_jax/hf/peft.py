@@ -1,0 +1,138 @@
+"""An adapter in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Array
+from safetensors.numpy import save_file
+
+from mlfs_jax.backbone.tree import STACKED, flatten
+from mlfs_jax.errors import ConfigError, RunError
+from mlfs_jax.hf.configs import to_hf
+from mlfs_jax.hf.families import FAMILIES
+from mlfs_jax.hf.table import to_theirs
+from mlfs_jax.model import Model
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+TASKS = {"none": "FEATURE_EXTRACTION", "sequence": "SEQ_CLS", "token": "TOKEN_CLS", "mlm": None}
+
+
+@dataclass(frozen=True)
+class PeftReport:
+    """What was written.
+
+    Attributes:
+        directory, files: where.
+        rank: R, the same at every site (shorter pairs are padded with zeros).
+        target_modules: modules with a low-rank pair.
+        modules_to_save: modules written whole (base + delta).
+        params: numbers in the adapter, the whole modules included.
+    """
+
+    directory: Path
+    files: tuple[str, ...]
+    rank: int
+    target_modules: tuple[str, ...]
+    modules_to_save: tuple[str, ...]
+    params: int
+
+
+def export_peft(
+    model: Model, lora: Mapping[str, Mapping[str, Array]], directory: str | Path, *, base_model_name: str
+) -> PeftReport:
+    """Write the adapter of a whole (not sliced) model so that ``peft`` loads it onto transformers' model.
+
+        PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base, num_labels=C), directory)
+
+    The head of a classifier is always written, trained or not: the base checkpoint has none, or another one.
+
+    Args:
+        lora: low-rank pairs and full deltas by site; several stages: ``stack_stages`` first.
+        base_model_name: what transformers loads the base from: a hub id or a path.
+
+    Raises:
+        ConfigError: Hugging Face cannot express the model's shape, or PEFT the adapter (a pair and a delta at one
+            site, a parameter outside any module).
+        RunError: the folder holds something else than an adapter.
+    """
+    directory = Path(directory).expanduser()
+    if directory.exists() and any(directory.iterdir()) and not (directory / CONFIG).is_file():
+        raise RunError(f"{directory} holds something that is not an adapter: choose another folder, or empty this one.")
+    config, family = model.config, FAMILIES[model.config.family]
+    to_hf(config)  # a sliced shape has no base that PEFT could load
+    params = flatten(model.base)
+    pairs = {site: entry for site, entry in lora.items() if "a" in entry}
+    whole = {site for site, entry in lora.items() if entry.keys() - {"a", "b"}}
+    if config.head in ("sequence", "token"):
+        whole |= set(family.heads[config.head])
+    for site in sorted(whole):
+        if site in pairs:
+            raise ConfigError(f"{site} is both low-rank and written whole: PEFT can do one of the two per module.")
+        if f"{site}.bias" == "head.bias" or (site == "embed.tokens" and config.head == "mlm"):
+            raise ConfigError(f"{site} is tied or in no module of its own: PEFT cannot write it whole.")
+
+    tensors: dict[str, np.ndarray] = {}
+    rank = max((entry["a"].shape[-1] for entry in pairs.values()), default=0)
+    for site, entry in pairs.items():
+        kernel, stacked = params[f"{site}.kernel"], site.startswith(STACKED + ".")
+        depth = kernel.shape[0] if stacked else 1
+        a = np.asarray(entry["a"]).reshape(depth, -1, entry["a"].shape[-1])
+        b = np.asarray(entry["b"]).reshape(depth, a.shape[-1], -1)
+        extra = rank - a.shape[-1]
+        a, b = np.pad(a, ((0, 0), (0, 0), (0, extra))), np.pad(b, ((0, 0), (0, extra), (0, 0)))
+        for i in range(depth):
+            module = family.module(site, config.head).format(layer=i)
+            tensors[f"base_model.model.{module}.lora_A.weight"] = np.ascontiguousarray(a[i].T)
+            tensors[f"base_model.model.{module}.lora_B.weight"] = np.ascontiguousarray(b[i].T)
+
+    for name, param in params.items():
+        site, _, leaf = name.rpartition(".")
+        if site not in whole:
+            continue
+        value = np.asarray(param[...]) + np.asarray(lora.get(site, {}).get(leaf, 0), dtype=param.dtype)
+        keys = family.keys(name, param.axes, param.shape, config.head)
+        for key, tensor in zip(keys, to_theirs(name, param.axes, value), strict=True):
+            tensors[f"base_model.model.{key}"] = tensor
+
+    saved = sorted({m for site in whole for m in _modules(model, site)})
+    targets = [family.module(site, config.head) for site in pairs]
+    patterns = "|".join(re.escape(m).replace(r"\{layer\}", r"\d+") for m in targets)
+    adapter = {
+        "peft_type": "LORA",
+        "task_type": TASKS[config.head],
+        "base_model_name_or_path": base_model_name,
+        "r": rank,
+        "lora_alpha": rank,  # scale = lora_alpha / r = 1
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "target_modules": f"({patterns})",
+        "modules_to_save": saved or None,
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    (directory / CONFIG).write_text(json.dumps(adapter, indent=2) + "\n", encoding="utf-8")
+    params_written = sum(tensor.size for tensor in tensors.values())
+    return PeftReport(directory, (CONFIG, WEIGHTS), rank, tuple(targets), tuple(saved), params_written)
+
+
+def _modules(model: Model, site: str) -> list[str]:
+    """The modules that PEFT keeps whole for a site.
+
+    PEFT itself adds ``classifier`` for classification tasks, and modules to save must not nest: what is below it
+    counts as it.
+    """
+    family, head = FAMILIES[model.config.family], model.config.head
+    module = family.module(site, head)
+    if module.startswith("classifier."):
+        return ["classifier"]
+    return [module.format(layer=i) for i in range(model.config.layers)] if "{layer}" in module else [module]
