@@ -55,12 +55,15 @@ class Supernet:
         execution: "masked": one compiled step for every subnet there is; each costs as much as the maxnet's width.
             "sliced": a subnet is cut to its widths before it runs (depth still skips by ``lax.cond``), which costs one
             compile for each distinct width, and saves the time.
+        unroll: unroll the scan over layers: longer to compile, faster on a CPU (a scan copies what it keeps for the
+            backward pass).
     """
 
     config: EncoderConfig
     distill: DistillConfig
     optimizer: optax.GradientTransformation
     execution: str = "sliced"
+    unroll: bool = False
 
     def __post_init__(self):
         if self.execution not in EXECUTIONS:
@@ -79,7 +82,7 @@ class Supernet:
 
     def maxnet_loss(self, params: Params, base: nnx.State, batch: Mapping) -> tuple[Float[Array, ""], Output]:
         """Task loss of the maxnet, and its outputs for the subnets to learn from."""
-        out = forward(self.graphdef, base, batch, lora=params["lora"], taps=self.distill.beta > 0)
+        out = forward(self.graphdef, base, batch, lora=params["lora"], taps=self.distill.beta > 0, unroll=self.unroll)
         return task_loss(out.logits, batch["labels"], self.config.problem), out
 
     def subnet_loss(
@@ -90,7 +93,7 @@ class Supernet:
         if widths is not None:
             graphdef = abstract(slice_config(self.config, widths))[0]
             lora, base, mask = slice_lora(base, lora, widths), slice_base(base, widths), slice_mask(mask, widths)
-        out = forward(graphdef, base, batch, lora=lora, mask=mask, taps=distill.beta > 0)
+        out = forward(graphdef, base, batch, lora=lora, mask=mask, taps=distill.beta > 0, unroll=self.unroll)
         loss = (1 - distill.alpha) * task_loss(out.logits, batch["labels"], self.config.problem)
         if distill.alpha:
             loss += distill.alpha * logit_loss(teacher.logits, out.logits, distill, self.config.problem)
@@ -138,7 +141,7 @@ class Supernet:
         return (
             jax.jit(self._maxnet_grads),
             jax.jit(self._add_subnet_grads, static_argnames="widths", donate_argnames="total"),
-            jax.jit(self._update, donate_argnames=("state", "grads")),
+            jax.jit(self._update, donate_argnames="state"),
         )
 
     def step(

@@ -56,7 +56,7 @@ class FitConfig:
         vary: "together", "independent" or "per-layer": how heads and mlp shrink, see SubnetSpace.
         reorder: order heads, neurons and channels by importance after stage 0; else a subnet is the first k.
         importance_examples: training examples that the importance scores are measured on.
-        execution: "sliced" or "masked", see Supernet.
+        execution, unroll: "sliced" or "masked", and whether the layers are unrolled, see Supernet; None unrolls on CPU.
         max_length: tokens; longer texts are cut. The default is the task's.
         buckets: lengths that batches are padded to (each is one more compile of a step).
         limit: at most this many examples of each split.
@@ -80,6 +80,7 @@ class FitConfig:
     reorder: bool = True
     importance_examples: int = 512
     execution: str = "sliced"
+    unroll: bool | None = None
     max_length: int | None = None
     buckets: tuple[int, ...] = BUCKETS
     limit: int | None = None
@@ -90,6 +91,9 @@ class FitConfig:
             raise ConfigError(
                 f"save_every = {self.save_every}, importance_examples = {self.importance_examples}: expected >= 1."
             )
+
+        if self.unroll is None:
+            object.__setattr__(self, "unroll", jax.default_backend() == "cpu")
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -210,7 +214,7 @@ def _train_stage(
     root = jax.random.fold_in(jax.random.key(config.seed), number)
     schedule = optax.warmup_cosine_decay_schedule(0.0, stage.learning_rate, max(1, stage.steps * 6 // 100), stage.steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
-    supernet = Supernet(model.config, config.distill, optimizer, config.execution)
+    supernet = Supernet(model.config, config.distill, optimizer, config.execution, unroll=config.unroll)
 
     params = {"lora": init_lora(jax.random.fold_in(root, 0), model, rank=stage.rank, full=("head",))}
     if stage.sample != "maxnet" and config.distill.beta:

@@ -14,8 +14,22 @@ from jaxtyping import Array, Float
 Dims = dict[str, int]
 """Axis name -> size, in order."""
 
+
+@jax.custom_vjp
+def gelu(x: Array) -> Array:
+    """x Phi(x), exact. The forward pass keeps the derivative alone: one erf instead of two on the way back."""
+    return _gelu_forward(x)[0]
+
+
+def _gelu_forward(x):
+    cdf = 0.5 * (1 + jax.lax.erf(x * 2**-0.5))
+    return x * cdf, cdf + x * jnp.exp(-0.5 * x * x) * (2 * jnp.pi) ** -0.5
+
+
+gelu.defvjp(_gelu_forward, lambda slope, dy: (dy * slope,))
+
 ACTIVATIONS = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu": gelu,
     "gelu_new": jax.nn.gelu,
     "gelu_pytorch_tanh": jax.nn.gelu,
     "relu": jax.nn.relu,
@@ -36,6 +50,29 @@ _zeros = nnx.initializers.zeros
 _ones = nnx.initializers.ones
 
 
+@jax.custom_vjp
+def low_rank(x: Float[Array, "... in"], a: Float[Array, "in R"], b: Float[Array, "R out"]) -> Float[Array, "... out"]:
+    """x A B. The rule for its gradient always contracts with the R columns in front: XLA's CPU backend takes up to
+    ten times longer for the transposed product, which autodiff would ask for."""
+    return _low_rank_forward(x, a, b)[0]
+
+
+def _low_rank_forward(x, a, b):
+    u = jnp.tensordot(x, a, axes=a.ndim - 1)
+    return jnp.tensordot(u, b, axes=1), (x, a, b, u)
+
+
+def _low_rank_backward(kept, dy):
+    x, a, b, u = kept
+    rank_axis, lead = u.ndim - 1, tuple(range(u.ndim - 1))
+    du = jnp.tensordot(dy, b, (tuple(range(rank_axis, dy.ndim)), tuple(range(1, b.ndim))))
+    da = jnp.moveaxis(jnp.tensordot(du, x, (lead, lead)), 0, -1)
+    return jnp.tensordot(du, a, ((rank_axis,), (a.ndim - 1,))), da, jnp.tensordot(u, dy, (lead, lead))
+
+
+low_rank.defvjp(_low_rank_forward, _low_rank_backward)
+
+
 class Linear(nnx.Module):
     """``y[..., *out] = x[..., *in] . kernel[*in, *out] + bias[*out]``, plus a low-rank pair given at the call.
 
@@ -52,7 +89,7 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "... in"], lora: dict | None = None) -> Float[Array, "... out"]:
         y = jnp.tensordot(x, self.kernel[...], axes=self.n_in)
         if lora is not None:
-            y += jnp.tensordot(jnp.tensordot(x, lora["a"], axes=self.n_in), lora["b"], axes=1)
+            y += low_rank(x, lora["a"], lora["b"])
         return y if self.bias is None else y + self.bias[...]
 
 
