@@ -16,9 +16,10 @@ from jaxtyping import Array
 from safetensors import SafetensorError, safe_open
 
 from mlfs_jax.backbone.tree import flatten
+from mlfs_jax.config import EncoderConfig
 from mlfs_jax.errors import CheckpointError
 from mlfs_jax.hf.configs import family_of, from_hf, own_labels
-from mlfs_jax.hf.table import Family, hf_shape, to_ours
+from mlfs_jax.hf.table import LEAVES, Family, hf_shape, to_ours
 from mlfs_jax.model import Model, abstract, build, init_weights
 from mlfs_jax.registry import resolve_model
 
@@ -134,32 +135,24 @@ def load_checkpoint(
     family = family_of(hf)
     with ExitStack() as stack:
         tensors, files = _open(directory, family, stack)
-        config = from_hf(hf, head=head, labels=labels, problem=problem, pooler="pooler.dense.weight" in tensors)
+        config = from_hf(
+            hf, head=head, labels=labels, problem=problem, pooler=any(key.startswith("pooler.") for key in tensors)
+        )
         if config.head == "none" and "pooler.dense" not in family.heads["none"]:
             config = config.replace(pooler=False)
-        own = family.own_head(hf.get("architectures"))
-        keep_out = own == config.head and config.labels in (0, own_labels(hf))
-
-        def takes(site: str) -> bool:
-            """Whether the checkpoint's tensors for one of our sites are the ones that this head means."""
-            if site in family.heads[config.head] and not family.heads[config.head][site].startswith(family.prefix):
-                return keep_out if site == "head.out" else own == config.head
-            return True
+        fresh = _fresh_sites(hf, family, config, tensors)
 
         _, base = abstract(config)
-        weights, initialised, used = {}, [], set()
-        missing = []
+        weights, initialised, missing, used = {}, [], [], set()
         for name, spec in flatten(base).items():
             site = name.rpartition(".")[0]
+            if site in fresh:
+                initialised.append(name)
+                continue
             keys = family.keys(name, spec.axes, spec.shape, config.head)
-            found = [tensors.get(family.canonical(k)) for k in keys] if takes(site) else [None] * len(keys)
+            found = [tensors.get(family.canonical(key)) for key in keys]
             if None in found:
-                # A head other than the checkpoint's own may be new, but not half new.
-                whole = not takes(site) or f"{family.canonical(keys[0].rpartition('.')[0])}.weight" not in tensors
-                if site in family.heads[config.head] and (own != config.head or not takes(site)) and whole:
-                    initialised.append(name)
-                else:
-                    missing += [k for k, tensor in zip(keys, found, strict=True) if tensor is None]
+                missing += [key for key, tensor in zip(keys, found, strict=True) if tensor is None]
                 continue
             expected = hf_shape(name, spec.axes, spec.shape)
             for tensor in found:
@@ -168,7 +161,7 @@ def load_checkpoint(
                         f"{tensor.key} in {directory / tensor.file} has shape {tensor.shape}; config.json makes it "
                         f"{expected}."
                     )
-            used.update(family.canonical(k) for k in keys)
+            used.update(family.canonical(tensor.key) for tensor in found)
             value = to_ours(name, spec.axes, spec.shape, [tensor.read(dtype) for tensor in found])
             weights[name] = _place(value, name, spec.axes, sharding)
         if missing:
@@ -179,9 +172,9 @@ def load_checkpoint(
 
     if initialised:
         root = jax.random.key(key) if isinstance(key, int) else key
-        fresh = init_weights(config, root, tuple(initialised))
+        new = init_weights(config, root, tuple(initialised))
         axes = {name: spec.axes for name, spec in flatten(base).items()}
-        for name, value in fresh.items():
+        for name, value in new.items():
             weights[name] = _place(np.asarray(value, dtype), name, axes[name], sharding)
     report = LoadReport(directory, tuple(files), tuple(initialised), tuple(dropped))
     return build(config, weights, name=directory.name, source=directory), report
@@ -245,6 +238,23 @@ def _open(directory: Path, family: Family, stack: ExitStack) -> tuple[dict[str, 
             if tensor is None or tensor.key != key or tensor.file != file:
                 raise CheckpointError(f"{INDEX} says {key} is in {directory / file}; it is not.")
     return tensors, files
+
+
+def _fresh_sites(hf: dict, family: Family, config: EncoderConfig, tensors: dict[str, _Tensor]) -> set[str]:
+    """Sites of the head that start new, because the checkpoint's own head is another one.
+
+    A module of the base model (BERT's pooler) is taken from any checkpoint that has it. Half a module is not new: its
+    missing half will be reported as missing.
+    """
+    head, architectures = family.heads[config.head], hf.get("architectures")
+    there = {site: any(f"{family.bare(m)}.{leaf}" in tensors for leaf in LEAVES.values()) for site, m in head.items()}
+    if architectures:
+        same = family.own_head(architectures) == config.head
+    else:  # config.json does not say what it is: the tensors do
+        same = any(there.values())
+    if same:
+        return set() if config.labels in (0, own_labels(hf)) else {"head.out"}
+    return {site for site, module in head.items() if not (module.startswith(family.prefix) and there[site])}
 
 
 def _account(tensors, used, family, weights, head, directory) -> list[str]:

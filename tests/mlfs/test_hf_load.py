@@ -101,6 +101,16 @@ def test_a_classifier_of_another_kind_or_size_is_not_reused(bert):
     assert report.initialised == ("head.out.bias", "head.out.kernel")
 
 
+def test_a_config_without_architectures_is_read_by_its_tensors(bert, tmp_path):
+    hf = json.loads((bert["sequence"] / "config.json").read_text())
+    del hf["architectures"]
+    for own, initialised in (("sequence", ()), ("mlm", ("dense.bias", "dense.kernel", "out.bias", "out.kernel"))):
+        write(bert[own], tmp_path, load_file(bert[own] / "model.safetensors"))
+        (tmp_path / "config.json").write_text(json.dumps(hf))
+        _, report = load_checkpoint(tmp_path, head="sequence")
+        assert report.initialised == tuple(f"head.{name}" for name in initialised)
+
+
 def test_a_new_head_depends_on_the_key_only(bert):
     def head(key):
         return np.asarray(flatten(load_checkpoint(bert["none"], head="token", key=key)[0].base)["head.out.kernel"][...])

@@ -1,0 +1,99 @@
+"""Adapters in PEFT's format give the same logits through ``peft``."""
+
+import jax
+import numpy as np
+import pytest
+from hf_oracle import TOLERANCE, batch_for, random_config, random_torch_model, torch_outputs, transformers
+
+from mlfs_jax import forward, init_lora
+from mlfs_jax.errors import ConfigError, RunError
+from mlfs_jax.hf.card import AUTO
+from mlfs_jax.hf.load import load_checkpoint
+from mlfs_jax.hf.peft import export_peft
+from mlfs_jax.lora import lora_sites, stack_stages
+
+peft = pytest.importorskip("peft")
+
+
+def randomised(lora, seed):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: np.asarray(x) + rng.normal(0, 0.1, x.shape).astype("float32"), lora)
+
+
+@pytest.fixture
+def load_base(tmp_path):
+    """(family, own head, head to load) -> folder of a random base checkpoint, our model of it."""
+
+    def load(family, own, head, **fixed):
+        config = random_config(family, np.random.default_rng(3), num_labels=3, num_hidden_layers=2, **fixed)
+        random_torch_model(family, own, config).save_pretrained(tmp_path / "base")
+        labels = {"labels": 3} if head in ("sequence", "token") else {}
+        return tmp_path / "base", load_checkpoint(tmp_path / "base", head=head, **labels)[0]
+
+    return load
+
+
+def check(model, lora, base, folder):
+    """peft's logits are ours, and the adapter is active."""
+    report = export_peft(model, lora, folder, base_model_name=str(base))
+    labels = {"num_labels": model.config.labels} if model.config.labels else {}
+    plain = getattr(transformers, AUTO[model.config.head]).from_pretrained(base, **labels)
+    theirs = peft.PeftModel.from_pretrained(plain, folder).eval()
+    batch = batch_for(model.config, np.random.default_rng(0))
+    logits, hidden = torch_outputs(theirs, batch)
+    out = forward(model.graphdef, model.base, batch, lora=lora)
+    real = batch["attention_mask"] == 1
+    np.testing.assert_allclose(np.asarray(out.hidden)[real], hidden[real], atol=TOLERANCE)
+    if model.config.head != "none":
+        where = real if logits.ndim == 3 else ...
+        np.testing.assert_allclose(np.asarray(out.logits)[where], logits[where], atol=TOLERANCE)
+    bare = forward(model.graphdef, model.base, batch)
+    assert np.abs(np.asarray(bare.hidden) - np.asarray(out.hidden))[real].max() > 1e-2
+    return report
+
+
+@pytest.mark.parametrize(
+    ("family", "own", "head"),
+    [
+        ("bert", "none", "sequence"),
+        ("roberta", "mlm", "sequence"),
+        ("distilbert", "none", "sequence"),
+        ("electra", "none", "token"),
+        ("bert", "mlm", "mlm"),
+        ("roberta", "none", "none"),
+    ],
+)
+def test_peft_gives_the_same_logits(family, own, head, load_base, tmp_path):
+    base, model = load_base(family, own, head)
+    full = ("head",) if head in ("sequence", "token") else ()
+    first = randomised(init_lora(jax.random.key(0), model, rank=3, full=full), 1)
+    second = randomised(init_lora(jax.random.key(1), model, rank=2, sites=["layers.q", "layers.down"]), 2)
+    report = check(model, stack_stages([first, second]), base, tmp_path / "adapter")
+    assert report.rank == 5 and len(report.target_modules) == len(lora_sites(model))
+    if (family, head) == ("bert", "sequence"):
+        assert report.modules_to_save == ("bert.pooler.dense", "classifier")
+
+
+def test_norms_trained_whole_and_an_untrained_head(load_base, tmp_path):
+    base, model = load_base("bert", "none", "sequence")
+    lora = randomised(init_lora(jax.random.key(0), model, rank=2, sites=["layers.v"], full=["layers.attn_norm"]), 1)
+    report = check(model, lora, base, tmp_path / "adapter")
+    assert "bert.encoder.layer.1.attention.output.LayerNorm" in report.modules_to_save
+    assert "classifier" in report.modules_to_save
+
+
+def test_what_peft_cannot_hold_is_refused(load_base, tmp_path):
+    _, model = load_base("bert", "mlm", "mlm")
+    lora = init_lora(jax.random.key(0), model, full=["head"])
+    with pytest.raises(ConfigError, match="head is tied"):
+        export_peft(model, lora, tmp_path / "x", base_model_name="base")
+    lora = init_lora(jax.random.key(0), model, full=["layers.q"])
+    with pytest.raises(ConfigError, match=r"layers\.q is both"):
+        export_peft(model, lora, tmp_path / "x", base_model_name="base")
+    sliced = model.replace(config=model.config.replace(head_dim=model.config.head_dim + 1))
+    with pytest.raises(ConfigError, match="head_dim"):
+        export_peft(sliced, {}, tmp_path / "x", base_model_name="base")
+    (tmp_path / "y").mkdir()
+    (tmp_path / "y" / "file").write_text("")
+    with pytest.raises(RunError, match="not an adapter"):
+        export_peft(model, {}, tmp_path / "y", base_model_name="base")
