@@ -5,10 +5,9 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hf_oracle import HEADS, NAMES, TOLERANCE, assert_equal_outputs, batch_for, torch_outputs, transformers
+from hf_oracle import HEADS, NAMES, TOLERANCE, assert_equal_outputs, batch_for, run, torch_outputs, transformers
 from safetensors.numpy import load_file
 
-from mlfs_jax import forward
 from mlfs_jax.backbone.tree import flatten
 from mlfs_jax.config import EncoderConfig
 from mlfs_jax.errors import CheckpointError, ConfigError, RunError
@@ -64,7 +63,7 @@ def test_exports_compute_the_same_function(family, head, shape, tmp_path):
     report = export_hf(model, tmp_path / "out")
     theirs = opened(model, tmp_path / "out")
     batch = batch_for(config, np.random.default_rng(0))
-    ours = forward(model.graphdef, model.base, batch)
+    ours = run(model, batch)
     logits, hidden = torch_outputs(theirs, batch)
     real = batch["attention_mask"] == 1
     np.testing.assert_allclose(hidden[..., : config.embed][real], np.asarray(ours.hidden)[real], atol=TOLERANCE)
@@ -85,9 +84,7 @@ def test_an_export_with_repeated_channels_loads_back(family, tmp_path):
     again, report = load_checkpoint(tmp_path / "out")
     assert report.initialised == report.dropped == () and again.config.embed == 18
     batch = batch_for(model.config, np.random.default_rng(0))
-    np.testing.assert_allclose(
-        forward(again.graphdef, again.base, batch).logits, forward(model.graphdef, model.base, batch).logits, atol=1e-5
-    )
+    np.testing.assert_allclose(run(again, batch).logits, run(model, batch).logits, atol=1e-5)
 
 
 def test_a_pooler_survives_repetition(tmp_path):
@@ -95,7 +92,7 @@ def test_a_pooler_survives_repetition(tmp_path):
     export_hf(model, tmp_path / "out")
     batch = batch_for(model.config, np.random.default_rng(0))
     pooled, _ = torch_outputs(opened(model, tmp_path / "out"), batch)
-    ours = np.asarray(forward(model.graphdef, model.base, batch).logits)
+    ours = np.asarray(run(model, batch).logits)
     np.testing.assert_allclose(pooled, np.concatenate([ours, ours], -1), atol=TOLERANCE)
 
 

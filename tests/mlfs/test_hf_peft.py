@@ -3,9 +3,9 @@
 import jax
 import numpy as np
 import pytest
-from hf_oracle import TOLERANCE, batch_for, random_config, random_torch_model, torch_outputs, transformers
+from hf_oracle import TOLERANCE, batch_for, random_config, random_torch_model, run, torch_outputs, transformers
 
-from mlfs_jax import forward, init_lora
+from mlfs_jax import init_lora
 from mlfs_jax.errors import ConfigError, RunError
 from mlfs_jax.hf.card import AUTO
 from mlfs_jax.hf.load import load_checkpoint
@@ -41,13 +41,13 @@ def check(model, lora, base, folder):
     theirs = peft.PeftModel.from_pretrained(plain, folder).eval()
     batch = batch_for(model.config, np.random.default_rng(0))
     logits, hidden = torch_outputs(theirs, batch)
-    out = forward(model.graphdef, model.base, batch, lora=lora)
+    out = run(model, batch, lora)
     real = batch["attention_mask"] == 1
     np.testing.assert_allclose(np.asarray(out.hidden)[real], hidden[real], atol=TOLERANCE)
     if model.config.head != "none":
         where = real if logits.ndim == 3 else ...
         np.testing.assert_allclose(np.asarray(out.logits)[where], logits[where], atol=TOLERANCE)
-    bare = forward(model.graphdef, model.base, batch)
+    bare = run(model, batch)
     assert np.abs(np.asarray(bare.hidden) - np.asarray(out.hidden))[real].max() > 1e-2
     return report
 
