@@ -1,0 +1,86 @@
+"""Adapters: neutral at the start, mergeable, summable, small."""
+
+import jax
+import numpy as np
+import pytest
+from tiny import tiny_batch, tiny_lora, tiny_model
+
+import mlfs_jax as mlfs
+from mlfs_jax.errors import ConfigError, UnknownNameError
+from mlfs_jax.lora import load_lora, save_lora
+from mlfs_jax.model import forward
+
+
+def logits(model, base, batch, lora=None):
+    return np.asarray(forward(model.graphdef, base, batch, lora=lora).logits)
+
+
+def test_fresh_adapter_changes_nothing():
+    model = tiny_model()
+    batch = tiny_batch(model.config)
+    fresh = mlfs.init_lora(jax.random.key(0), model, rank=4, full=("head",))
+    np.testing.assert_array_equal(logits(model, model.base, batch, fresh), logits(model, model.base, batch))
+
+
+@pytest.mark.parametrize("family", ["bert", "electra"])
+def test_merged_equals_adapter_and_unmerge_undoes_it(family):
+    model = tiny_model(family)
+    batch, lora = tiny_batch(model.config), tiny_lora(model)
+    merged = mlfs.merge_lora(model.base, lora)
+    adapted = logits(model, model.base, batch, lora)
+    assert abs(adapted - logits(model, model.base, batch)).max() > 1e-2  # the adapter is active
+    np.testing.assert_allclose(logits(model, merged, batch), adapted, atol=1e-5)
+    restored = mlfs.unmerge_lora(merged, lora)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), restored, model.base)
+
+
+def test_stages_stack_to_their_sum():
+    model = tiny_model()
+    batch, first, second = tiny_batch(model.config), tiny_lora(model, 2), tiny_lora(model, 5, rank=2)
+    one_by_one = mlfs.merge_lora(mlfs.merge_lora(model.base, first), second)
+    both = mlfs.stack_stages([first, second])
+    assert both["layers.q"]["a"].shape[-1] == 5
+    np.testing.assert_allclose(
+        logits(model, model.base, batch, both), logits(model, one_by_one, batch), atol=1e-5
+    )
+
+
+def test_size_is_six_r_d_for_a_square_map_in_three_stages():
+    """MLFS, section 3: 2 R D a stage."""
+    model = tiny_model(embed=24, heads=4, head_dim=6)
+    pair = mlfs.init_lora(jax.random.key(0), model, rank=8, sites=["layers.q"])["layers.q"]
+    assert 3 * sum(x.size for x in pair.values()) == 6 * 8 * 24 * model.config.layers
+
+
+def test_gradient_equals_that_of_the_merged_weights():
+    """The hand-written rule of the low-rank product, against autodiff through W + A B."""
+    model = tiny_model()
+    batch, lora = tiny_batch(model.config), tiny_lora(model)
+
+    def through_merge(lora):
+        return (forward(model.graphdef, mlfs.merge_lora(model.base, lora), batch).logits ** 2).sum()
+
+    def through_adapter(lora):
+        return (forward(model.graphdef, model.base, batch, lora=lora).logits ** 2).sum()
+
+    expected, found = jax.grad(through_merge)(lora), jax.grad(through_adapter)(lora)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), expected, found)
+
+
+def test_saved_adapter_comes_back_bit_by_bit(tmp_path):
+    lora = tiny_lora(tiny_model())
+    save_lora(tmp_path / "a.safetensors", lora)
+    back = load_lora(tmp_path / "a.safetensors")
+    assert jax.tree.structure(back) == jax.tree.structure(lora)
+    jax.tree.map(np.testing.assert_array_equal, back, lora)
+
+
+def test_mistakes_are_named():
+    model = tiny_model()
+    key = jax.random.key(0)
+    with pytest.raises(UnknownNameError, match=r"layers\.qq.*did you mean 'layers\.q'"):
+        mlfs.init_lora(key, model, sites=["layers.qq"])
+    with pytest.raises(UnknownNameError, match="heads"):
+        mlfs.init_lora(key, model, full=("heads",))
+    with pytest.raises(ConfigError, match="rank = 0"):
+        mlfs.init_lora(key, model, rank=0)

@@ -1,0 +1,108 @@
+"""Subnets and spaces: what is in, what is out, what it costs."""
+
+import jax
+import numpy as np
+import pytest
+from tiny import tiny_config, tiny_model
+
+import mlfs_jax as mlfs
+from mlfs_jax.errors import SubnetError, UnknownNameError
+from mlfs_jax.subnet import Subnet, num_flops, num_params
+
+
+def space(**kw):
+    choices = {"embed": (1, 0.5), "width": (1, 0.5, 0.25), "depth": (1, 2 / 3, 1 / 3)}
+    return mlfs.SubnetSpace.from_ratios(tiny_config(), **{**choices, **kw})
+
+
+def test_maxnet_mask_keeps_everything():
+    mask = mlfs.make_mask(tiny_config(), space().maxnet)
+    assert all(bool(leaf.all()) for leaf in jax.tree.leaves(mask))
+
+
+def test_mask_keeps_prefixes_of_kept_layers():
+    subnet = Subnet(embed=12, heads=(1, 3), mlp=(20, 5), layers=(0, 2))
+    mask = mlfs.make_mask(tiny_config(), subnet)
+    assert mask.embed.sum() == 12 and mask.embed[:12].all()
+    np.testing.assert_array_equal(mask.heads.sum(1), [1, 4, 3])
+    np.testing.assert_array_equal(mask.mlp.sum(1), [20, 20, 5])
+    np.testing.assert_array_equal(mask.layers, [True, False, True])
+
+
+@pytest.mark.parametrize("vary", ["together", "independent", "per-layer"])
+def test_samples_are_reproducible_and_in_the_space(vary):
+    drawn = [space(vary=vary).sample(jax.random.key(i)) for i in range(40)]
+    assert drawn == [space(vary=vary).sample(jax.random.key(i)) for i in range(40)]
+    assert all(space(vary=vary).check(s) == s for s in drawn)
+    assert len(set(drawn)) > 10
+    assert vary != "per-layer" or any(len(set(s.mlp)) > 1 for s in drawn)
+
+
+def test_params_and_flops_of_uniform_subnets():
+    config, sub = tiny_config(), space().uniform(embed=12, heads=2, mlp=10, depth=2)
+    H = config.head_dim
+    layer = 3 * (12 * 2 * H + 2 * H) + (2 * H * 12 + 12) + 2 * 2 * 12 + (12 * 10 + 10) + (10 * 12 + 12)
+    head = 12 * 12 + 12 + 12 * 3 + 3
+    assert num_params(config, sub) == 2 * layer + head
+    tables = (53 + 24 + 2 + 2) * 12
+    assert num_params(config, sub, embeddings=True) == 2 * layer + head + tables
+    assert num_params(config, embeddings=True) == tiny_model().num_params
+    T = 5
+    assert num_flops(config, sub, length=T) == 2 * 2 * T * (4 * 12 * 2 * H + 2 * T * 2 * H + 2 * 12 * 10)
+
+
+def test_fractions_are_the_largest_that_fit():
+    whole = num_params(tiny_config())
+    for name, share in {"half": 1 / 2, "quarter": 1 / 4}.items():
+        chosen = num_params(tiny_config(), space().named(name)) / whole
+        assert chosen <= share
+        others = [num_params(tiny_config(), s) / whole for s in space().subnets()]
+        assert chosen >= max(o for o in others if o <= share) - 0.02
+
+
+def test_names_run_from_maxnet_to_minnet():
+    names = space().names()
+    assert list(names)[0] == "maxnet" and names["maxnet"] == space().maxnet
+    assert space().minnet in names.values() and space().named("minnet") == space().minnet
+    assert space().named("embed=12,heads=2,mlp=10,depth=2") == space().uniform(embed=12, heads=2, mlp=10, depth=2)
+
+
+def test_layer_choices():
+    assert space().kept_layers(2) == (0, 1) and space().kept_layers(1) == (0,)
+    by_rank = mlfs.SubnetSpace(tiny_config(), depth=(3, 2, 1), layer_order=(2, 0, 1))
+    assert by_rank.kept_layers(2) == (0, 2) and by_rank.kept_layers(1) == (2,)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("embed=13,heads=2,mlp=10", r"embed = \(13,\) is not in this space: choose from \(24, 12\)"),
+        ("heads=2,mlp=20", "vary together"),
+        ("depth=7", r"depth = 7 is not in this space: choose from \(3, 2, 1\)"),
+        ("mlp=much", "whole number after mlp="),
+    ],
+)
+def test_sizes_outside_the_space(name, message):
+    with pytest.raises(SubnetError, match=message):
+        space().named(name)
+
+
+def test_other_mistakes():
+    with pytest.raises(UnknownNameError, match="did you mean 'quarter'"):
+        space().named("quater")
+    with pytest.raises(UnknownNameError, match="hidden"):
+        space().named("hidden=3")
+    with pytest.raises(SubnetError, match=r"heads = \(9, 9, 9\) does not fit this model: expected 1 to 4"):
+        mlfs.make_mask(tiny_config(), Subnet(24, (9, 9, 9), (20, 20, 20), (0, 1, 2)))
+    with pytest.raises(SubnetError, match="supernet's own"):
+        mlfs.SubnetSpace(tiny_config(), heads=(2, 1))
+    with pytest.raises(SubnetError, match="not of one length"):
+        mlfs.SubnetSpace(tiny_config(), heads=(4, 2, 1), mlp=(20, 10))
+    with pytest.raises(SubnetError, match="at least one layer"):
+        Subnet(24, (4,), (20, 20), (0, 1))
+    with pytest.raises(SubnetError, match="ascending"):
+        Subnet(24, (4, 4), (20, 20), (1, 0))
+    with pytest.raises(SubnetError, match="no subnet at 0.001"):
+        space().fraction(0.001)
+    with pytest.raises(SubnetError, match="ratio 1.5"):
+        mlfs.SubnetSpace.from_ratios(tiny_config(), depth=(1.5,))

@@ -1,0 +1,54 @@
+"""Small random models and batches that the tests share: odd sizes, no weight left at zero."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mlfs_jax.config import EncoderConfig
+from mlfs_jax.lora import init_lora
+from mlfs_jax.model import Model, init_model
+
+FAMILIES = {
+    "bert": {"type_vocab": 2},
+    "roberta": {"type_vocab": 1, "pad_token_id": 1, "position_offset": 2, "norm_eps": 1e-5},
+    "distilbert": {"head_activation": "relu"},
+    "electra": {"type_vocab": 2, "embedding_size": 10, "head_activation": "gelu"},
+}
+
+
+def tiny_config(family: str = "bert", **changes) -> EncoderConfig:
+    sizes = {"vocab_size": 53, "embed": 24, "layers": 3, "heads": 4, "head_dim": 6, "mlp": 20, "max_positions": 24}
+    return EncoderConfig(**{"family": family, **sizes, "head": "sequence", "labels": 3, **FAMILIES[family], **changes})
+
+
+def noisy(tree, seed: int, scale: float = 0.2):
+    """The tree with noise on every leaf, so that biases, norms and fresh B matrices take part."""
+    leaves, treedef = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return jax.tree.unflatten(
+        treedef, [x + scale * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    )
+
+
+def tiny_model(family: str = "bert", seed: int = 0, **changes) -> Model:
+    model = init_model(tiny_config(family, **changes), jax.random.key(seed))
+    return model.replace(base=noisy(model.base, seed + 1))
+
+
+def tiny_lora(model: Model, seed: int = 2, rank: int = 3, **options):
+    return noisy(init_lora(jax.random.key(seed), model, rank=rank, full=("head",), **options), seed + 1, 0.1)
+
+
+def tiny_batch(config: EncoderConfig, seed: int = 0, batch: int = 3, length: int = 8) -> dict:
+    """Random tokens with padding at the end of all rows but the first; integer labels."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(3, config.vocab_size, (batch, length))
+    mask = np.arange(length) < np.r_[length, rng.integers(2, length, batch - 1)][:, None]
+    filled = {
+        "input_ids": np.where(mask, tokens, config.pad_token_id),
+        "attention_mask": mask,
+        "labels": rng.integers(0, max(config.labels, 1), batch),
+    }
+    if config.type_vocab > 1:
+        filled["token_type_ids"] = rng.integers(0, config.type_vocab, (batch, length))
+    return {name: jnp.asarray(x, jnp.int32) for name, x in filled.items()}
