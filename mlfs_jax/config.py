@@ -22,7 +22,8 @@ class EncoderConfig:
         max_positions: rows of the position table (RoBERTa's includes its offset).
         position_offset: RoBERTa counts positions over real tokens, from ``pad_token_id + 1``; 0 elsewhere.
         type_vocab: rows of the token type table; 0 for a model without one.
-        embedding_size: width E of the token tables when it differs from ``embed`` (ELECTRA projects E -> D).
+        embedding_size: width E of the token tables of a model that projects them, E -> D (ELECTRA); None: E is D, no
+            projection.
         head: "none" (hidden states), "sequence", "token" or "mlm".
         labels: C, outputs of a "sequence" or "token" head.
         problem: "classification" or "regression", for a "sequence" head.
@@ -55,8 +56,6 @@ class EncoderConfig:
             value = getattr(self, field)
             if not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{field} = {value!r}: expected a whole number of at least 1.")
-        if self.embedding_size == self.embed:
-            object.__setattr__(self, "embedding_size", None)  # one spelling for "no projection"
         if self.head not in ENCODER_HEADS:
             raise ConfigError(f"head = {self.head!r}: expected one of {', '.join(ENCODER_HEADS)}.")
         if self.problem not in PROBLEMS:

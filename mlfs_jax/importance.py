@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,7 @@ class Importance:
     layers: Float[np.ndarray, " L"]
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["embed", "heads", "mlp"], meta_fields=[])
 @dataclass(frozen=True)
 class Order:
     """A permutation of each elastic axis; ``order.mlp[l, i]`` is the old index of the new i-th neuron of layer l."""
@@ -101,13 +103,21 @@ def _permute(x, axes: tuple[str, ...], order: Order):
 
 def reorder(model: Model, order: Order) -> Model:
     """The same function with channels, heads and neurons in another order: maxnet logits change by rounding only."""
-    return model.replace(base=map_named(lambda name, leaf: _permute(leaf[...], leaf.axes, order), model.base))
+    return model.replace(base=_reorder_base(model.base, order))
+
+
+@jax.jit
+def _reorder_base(base: nnx.State, order: Order) -> nnx.State:
+    return map_named(lambda name, leaf: _permute(leaf[...], leaf.axes, order), base)
 
 
 def reorder_lora(model: Model, lora: Lora, order: Order) -> Lora:
     """An adapter, made for the model in its old order, for the reordered model."""
     axes = lora_axes(model.base, lora)
-    return {
-        site: {leaf: _permute(value, axes[site][leaf], order) for leaf, value in entry.items()}
-        for site, entry in lora.items()
-    }
+    permute = jax.jit(
+        lambda lora, order: {
+            site: {leaf: _permute(value, axes[site][leaf], order) for leaf, value in entry.items()}
+            for site, entry in lora.items()
+        }
+    )
+    return permute(lora, order)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import jax
@@ -44,6 +44,7 @@ class Model:
         return sum(leaf[...].size for leaf in flatten(self.base).values())
 
 
+@lru_cache(maxsize=256)
 def abstract(config: EncoderConfig) -> tuple[nnx.GraphDef, nnx.State]:
     """Structure and abstract weights (shapes, dtypes, axes) of a network; nothing is allocated."""
     return nnx.split(nnx.eval_shape(lambda: Encoder(config, rngs=nnx.Rngs(0))))

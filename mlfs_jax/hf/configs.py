@@ -84,6 +84,8 @@ def from_hf(
         raise ConfigError(
             f"{family.fields['embed'][0]} = {embed} is not a multiple of {family.fields['heads'][0]} = {heads}."
         )
+    if values.get("embedding_size") == embed:
+        values["embedding_size"] = None  # Hugging Face projects only where the widths differ
     if head in family.head_activation:
         values["head_activation"] = family.head_activation[head] or values["activation"]
     if head in ("sequence", "token"):

@@ -40,9 +40,7 @@ def test_stages_stack_to_their_sum():
     one_by_one = mlfs.merge_lora(mlfs.merge_lora(model.base, first), second)
     both = mlfs.stack_stages([first, second])
     assert both["layers.q"]["a"].shape[-1] == 5
-    np.testing.assert_allclose(
-        logits(model, model.base, batch, both), logits(model, one_by_one, batch), atol=1e-5
-    )
+    np.testing.assert_allclose(logits(model, model.base, batch, both), logits(model, one_by_one, batch), atol=1e-5)
 
 
 def test_size_is_six_r_d_for_a_square_map_in_three_stages():

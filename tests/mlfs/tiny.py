@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mlfs_jax.backbone.tree import flatten
 from mlfs_jax.config import EncoderConfig
 from mlfs_jax.lora import init_lora
-from mlfs_jax.model import Model, init_model
+from mlfs_jax.model import Model, abstract, build
 
 FAMILIES = {
     "bert": {"type_vocab": 2},
@@ -21,22 +22,18 @@ def tiny_config(family: str = "bert", **changes) -> EncoderConfig:
     return EncoderConfig(**{"family": family, **sizes, "head": "sequence", "labels": 3, **FAMILIES[family], **changes})
 
 
-def noisy(tree, seed: int, scale: float = 0.2):
-    """The tree with noise on every leaf, so that biases, norms and fresh B matrices take part."""
-    leaves, treedef = jax.tree.flatten(tree)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return jax.tree.unflatten(
-        treedef, [x + scale * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    )
-
-
 def tiny_model(family: str = "bert", seed: int = 0, **changes) -> Model:
-    model = init_model(tiny_config(family, **changes), jax.random.key(seed))
-    return model.replace(base=noisy(model.base, seed + 1))
+    config, rng = tiny_config(family, **changes), np.random.default_rng(seed)
+    shapes = {name: leaf.shape for name, leaf in flatten(abstract(config)[1]).items()}
+    weights = {name: rng.normal(name.endswith("scale"), 0.2, shape) for name, shape in shapes.items()}
+    return build(config, {name: jnp.asarray(w, jnp.float32) for name, w in weights.items()})
 
 
-def tiny_lora(model: Model, seed: int = 2, rank: int = 3, **options):
-    return noisy(init_lora(jax.random.key(seed), model, rank=rank, full=("head",), **options), seed + 1, 0.1)
+def tiny_lora(model: Model, seed: int = 2, rank: int = 3):
+    """An adapter that does something: no B matrix, no delta is left at zero."""
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(lambda: init_lora(jax.random.key(0), model, rank=rank, full=("head",)))
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.2, x.shape), jnp.float32), shapes)
 
 
 def tiny_batch(config: EncoderConfig, seed: int = 0, batch: int = 3, length: int = 8) -> dict:
