@@ -1,0 +1,327 @@
+"""The command line: ``mlfs fetch | fit | palette | export | verify | info``.
+
+Each command is a function whose signature tyro turns into flags. Commands import what they need when they run, so that
+``mlfs --help`` answers at once; for the same reason this module does without postponed annotations.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from mlfs_jax.errors import ConfigError, MLFSError, unknown
+from mlfs_jax.registry import ENTRIES, cache_dir, get_entry, resolve_model
+
+HELP = """\
+usage: mlfs COMMAND ...      (mlfs COMMAND --help lists its options)
+
+Turn one pretrained encoder into a palette of smaller ones.
+
+  fetch    download models and data of the catalogue, verified; alone: list it
+  fit      train a palette: three stages of LoRA on a frozen model; resumable
+  palette  measure its subnets: parameters, FLOPs, latency, score; table, plot
+  export   write a subnet as a Hugging Face checkpoint, or the adapter for peft
+  verify   hold an exported folder against its run: masked == sliced == exported
+  info     what a model, a run or an exported folder is
+
+examples:
+  mlfs fetch minilm-l6 wiki
+  mlfs fit --model minilm-l6 --task wiki-topic --out runs/demo --preset demo
+  mlfs fit --model minilm-l6 --task my.jsonl --out runs/mine --steps 300 100 100
+  mlfs palette runs/demo
+  mlfs export runs/demo --subnet quarter --to exported/quarter
+  mlfs export runs/demo --subnet heads=6,mlp=768,depth=3 --to exported/mine
+  mlfs verify exported/quarter --against runs/demo
+  mlfs info runs/demo --json
+"""
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "full": {},
+    # minutes on two cores
+    "demo": {"steps": (110, 40, 40), "max_length": 48, "buckets": (48,), "random_subnets": 1, "limit": None},
+}
+"""Defaults of ``mlfs fit`` by name; a flag overrides them."""
+
+RunFolder = Annotated[Path, tyro.conf.arg(metavar="RUN")]
+Folder = Annotated[Path, tyro.conf.arg(metavar="DIR")]
+Names = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...", help_behavior_hint="")]
+Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 1 (verify found a difference), 2 (a mistake), 130 (interrupted)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(HELP, end="")
+        return 0 if argv else 2
+    try:
+        if argv[0] == "--version":
+            import importlib.metadata
+
+            print(importlib.metadata.version("mlfs-jax"))
+            return 0
+        if argv[0] not in COMMANDS:
+            raise unknown("command", argv[0], COMMANDS)
+        return _run(argv[0], argv[1:])
+    except MLFSError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(command: str, args: list[str]) -> int:
+    if command != "fetch" and not {"-h", "--help"} & set(args):
+        _set_up_jax()
+    function = COMMANDS[command]
+    if command == "fit":
+        function = _fit_from(_preset(args))
+    config = () if command == "fit" else (tyro.conf.FlagCreatePairsOff,)
+    # loading says what it newly initialised: news to the one who fits, noise afterwards
+    with _log_to_stderr(logging.WARNING if command == "fit" else logging.ERROR):
+        return tyro.cli(function, prog=f"mlfs {command}", args=args, config=config) or 0
+
+
+@contextlib.contextmanager
+def _log_to_stderr(level: int) -> Iterator[None]:
+    """What the package logs, as plain lines."""
+    logger, handler = logging.getLogger("mlfs_jax"), logging.StreamHandler()
+    before = logger.level, logger.propagate
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
+
+
+def _set_up_jax() -> None:
+    """Keep compiled programs in the cache folder, apart for each kind of CPU (code for one may not run on another)."""
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    try:
+        cpu = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        cpu = ""
+    facts = sorted({line for line in cpu.splitlines() if line.startswith(("model name", "flags", "Features"))})
+    kind = hashlib.sha256("\n".join([platform.machine(), *facts]).encode()).hexdigest()[:12]
+    folder = cache_dir() / "xla" / kind
+    with contextlib.suppress(OSError):  # a read-only home: do without
+        folder.mkdir(parents=True, exist_ok=True)
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        jax.config.update("jax_compilation_cache_max_size", 2**30)
+
+
+def fetch(names: Names = (), /, *, check: Flag = False) -> None:
+    """Download models and data sets into the cache, and verify them.
+
+    Args:
+        names: of the catalogue, or hub ids org/name; none: list the catalogue.
+        check: of what is in the cache already, compare the sha256 and not only the size.
+    """
+    from mlfs_jax.registry import fetch as fetch_entry
+    from mlfs_jax.registry import is_whole
+
+    if not names:
+        for e in ENTRIES:
+            cached = "cached" if is_whole(cache_dir() / f"{e.name}-{e.sha256[:12]}", e) else f"{e.size / 1e6:.0f} MB"
+            print(f"{e.name:<14} {e.kind:<6} {cached:>7}  {e.description} [{e.licence}]")
+    for name in names:
+        if "/" not in name:
+            get_entry(name)  # a wrong name is said before anything is downloaded
+    for name in names:
+        folder = resolve_model(name) if "/" in name else fetch_entry(name, verify=check)
+        print(f"{name}: {folder}")
+
+
+def _preset(args: list[str]) -> str:
+    """The preset among the arguments: it decides the defaults that the real parser shows."""
+    for i, arg in enumerate(args):
+        name = arg.partition("=")[2] if arg.startswith("--preset=") else None
+        if arg == "--preset" and i + 1 < len(args):
+            name = args[i + 1]
+        if name is not None:
+            if name not in PRESETS:
+                raise unknown("preset", name, PRESETS)
+            return name
+    return "full"
+
+
+def _fit_from(chosen: str):
+    from mlfs_jax.train import FitConfig
+
+    defaults = FitConfig(model=tyro.MISSING, task=tyro.MISSING, **PRESETS[chosen])
+
+    def fit(
+        config: Annotated[FitConfig, tyro.conf.arg(name="")] = defaults,
+        *,
+        out: RunFolder,
+        preset: Literal["full", "demo"] = chosen,
+    ) -> int:
+        """Train a palette: stage 0 the maxnet, stage 1 widths, stage 2 widths and depths.
+
+        Stop it any time with Ctrl-C; the same command goes on where it was.
+
+        Args:
+            out: folder of the run; new, empty, or holding the same run.
+            preset: defaults for the options above: full, or demo (minutes on two cores).
+        """
+        from mlfs_jax.train import fit as train
+
+        return 0 if train(config, out) is not None else 130
+
+    return fit
+
+
+def palette(
+    run: RunFolder,
+    /,
+    *,
+    all: Flag = False,
+    subnets: Names = (),
+    split: str | None = None,
+    length: int | None = None,
+    batch_sizes: tuple[int, ...] = (1, 32),
+    json: Flag = False,
+) -> None:
+    """Measure the subnets of a finished run; writes palette.json and palette.png into its folder.
+
+    Args:
+        run: folder of the run.
+        all: every uniform subnet of the space, not only the named ones.
+        subnets: only these: names, or sizes such as heads=6,mlp=768,depth=3.
+        split: of the task; the default is test where there is one, else validation.
+        length: tokens of a sequence, for FLOPs and latency; the default is what the run cuts texts to.
+        batch_sizes: to measure latency at.
+        json: print the numbers as JSON and nothing else.
+    """
+    from mlfs_jax.palette import all_subnets, measure
+    from mlfs_jax.train import load_run
+
+    if all and subnets:
+        raise ConfigError("--all and --subnets exclude each other: give one of them.")
+    fitted = load_run(run, finished=True)
+    chosen = all_subnets(fitted) if all else subnets or None
+    with _spinner() as advance:
+        measured = measure(fitted, chosen, split=split, length=length, batch_sizes=batch_sizes, advance=advance)
+    files = measured.save(run), measured.plot(run / "palette.png")
+    if json:
+        _print_json(measured.to_json())
+    else:
+        _print(measured.table())
+        print("wrote " + " and ".join(map(str, files)))
+
+
+def export(run: RunFolder, /, *, to: Folder, subnet: str | None = None, peft: Flag = False) -> None:
+    """Write a subnet of a finished run as a Hugging Face checkpoint: config, safetensors, tokenizer, model card.
+
+    Args:
+        run: folder of the run.
+        to: folder to write; an earlier export there is replaced.
+        subnet: its name (mlfs info RUN lists them), or sizes such as heads=6,mlp=768,depth=3.
+        peft: write the adapter of the maxnet in the format of peft instead, for the unchanged pretrained model.
+    """
+    from mlfs_jax.export import export_adapter, export_subnet
+    from mlfs_jax.palette import Palette
+    from mlfs_jax.train import load_run
+
+    if peft and subnet not in (None, "maxnet"):
+        raise ConfigError(f"--peft --subnet {subnet}: an adapter belongs to the whole model; leave --subnet out.")
+    if not peft and subnet is None:
+        raise ConfigError("--subnet is missing: give a name such as quarter, or sizes (`mlfs info RUN` lists them).")
+    fitted = load_run(run, finished=True)
+    if peft:
+        written = export_adapter(fitted, to)
+        print(f"{to}: adapter of rank {written.rank}, {written.params:,} parameters")
+        return
+    report = export_subnet(fitted, subnet, to, run=run.absolute().name, palette=Palette.load(run))
+    print(f"{to}: {subnet}, {report.params_after:,} parameters; {', '.join(report.files)}")
+    for sentence in report.why:
+        print(f"  {sentence}")
+    if report.why:
+        print(f"  That is {report.params_after - report.params_before:,} parameters more than the subnet itself has.")
+
+
+def verify(directory: Folder, /, *, against: RunFolder, json: Flag = False) -> int:
+    """Compare an exported folder with its run; exit code 1 when something disagrees.
+
+    Args:
+        directory: the exported folder.
+        against: folder of the run it came from.
+        json: print the checks as JSON and nothing else.
+    """
+    import dataclasses
+
+    from mlfs_jax.train import load_run
+    from mlfs_jax.verify import all_ok, table
+    from mlfs_jax.verify import verify as check
+
+    checks = check(directory, load_run(against, finished=True))
+    if json:
+        _print_json({"ok": all_ok(checks), "checks": [dataclasses.asdict(c) for c in checks]})
+    else:
+        _print(table(checks))
+        print(f"{directory} {'is what' if all_ok(checks) else 'is NOT what'} {against} learnt")
+    return 0 if all_ok(checks) else 1
+
+
+def info(thing: Annotated[str, tyro.conf.arg(metavar="THING")], /, *, json: Flag = False) -> None:
+    """What a model, a run or an exported folder is: shapes, parameters per part, adapters per stage, licence.
+
+    Args:
+        thing: a name of the catalogue, a model folder, a hub id, a run folder, or an exported folder.
+        json: print it as JSON and nothing else.
+    """
+    from mlfs_jax.info import describe, lines
+
+    described = describe(thing)
+    if json:
+        _print_json(described)
+    else:
+        print("\n".join(lines(described)))
+
+
+COMMANDS = {"fetch": fetch, "fit": None, "palette": palette, "export": export, "verify": verify, "info": info}
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _print(table: Any) -> None:
+    """Print a table; one that is wider than the terminal runs over rather than losing digits."""
+    from rich.console import Console
+
+    console = Console()
+    needed = console.measure(table, options=console.options.update(width=1000)).maximum
+    Console(width=max(console.width, needed)).print(table)
+
+
+@contextlib.contextmanager
+def _spinner() -> Iterator:
+    """A line on stderr that says what is being done; gone at the end."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with console.status("loading data") as status:
+        yield lambda doing: status.update(doing)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

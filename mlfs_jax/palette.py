@@ -1,0 +1,346 @@
+"""The palette of a run, measured: what each subnet costs, and how good it is.
+
+Everything is measured on the *sliced* model, which is what is shipped: FLOPs as the compiler counts them, wall time on
+this machine, the task's metric on the test split (validation, where the test labels are not public).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+from rich.table import Table
+
+from mlfs_jax.data.encode import Encoded
+from mlfs_jax.errors import ConfigError, RunError, unknown
+from mlfs_jax.evaluate import evaluate
+from mlfs_jax.model import Model, forward
+from mlfs_jax.slicing import slice_subnet
+from mlfs_jax.subnet import Subnet, num_params
+from mlfs_jax.train import Fitted
+
+FILE = "palette.json"
+"""Where ``mlfs palette`` keeps the numbers in a run folder; a model card takes them from there."""
+
+LEAST_ROUNDS, MOST_ROUNDS = 5, 50
+
+
+@dataclass(frozen=True)
+class PaletteRow:
+    """One subnet.
+
+    Attributes:
+        params: all its parameters, the embedding tables and the head too.
+        params_body: its parameters without the embedding tables.
+        flops: of one sequence of the palette's length (2 per multiply-add), counted by the compiler.
+        latency_ms: batch size -> milliseconds of one forward pass; the median over rounds.
+        latency_ratio: batch size -> its time as a share of the maxnet's in the same round; the median over rounds.
+        score: the task's metric.
+        loss: mean cross-entropy or squared error.
+    """
+
+    name: str
+    subnet: Subnet
+    params: int
+    params_body: int
+    flops: int
+    latency_ms: Mapping[int, float]
+    latency_ratio: Mapping[int, float]
+    score: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Palette:
+    """Rows and what they were measured on; the maxnet comes first.
+
+    Attributes:
+        split, examples: what the score is of.
+        baseline: score of always answering the commonest class (0 for correlations and F1).
+        length: tokens of the sequences that FLOPs and latency are of; no padding.
+        device: what the latency is of.
+    """
+
+    model: str
+    task: str
+    metric: str
+    split: str
+    examples: int
+    baseline: float
+    length: int
+    device: str
+    rows: tuple[PaletteRow, ...]
+
+    def row(self, subnet: Subnet) -> PaletteRow | None:
+        """The measured row of a subnet, if there is one."""
+        return next((row for row in self.rows if row.subnet == subnet), None)
+
+    def to_json(self) -> dict:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, saved: Mapping) -> Palette:
+        def row(saved: Mapping) -> PaletteRow:
+            subnet = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["subnet"].items()}
+            times = {k: {int(b): t for b, t in saved[k].items()} for k in ("latency_ms", "latency_ratio")}
+            return PaletteRow(**(dict(saved) | times | {"subnet": Subnet(**subnet)}))
+
+        return cls(**(dict(saved) | {"rows": tuple(row(r) for r in saved["rows"])}))
+
+    def save(self, run: str | Path) -> Path:
+        """Write ``palette.json`` into a run folder, in one rename."""
+        file = Path(run) / FILE
+        fresh = file.with_name(f".{FILE}.{os.getpid()}")
+        fresh.write_text(json.dumps(self.to_json(), indent=2) + "\n", encoding="utf-8")
+        fresh.replace(file)
+        return file
+
+    @classmethod
+    def load(cls, run: str | Path) -> Palette | None:
+        """What was saved in a run folder, or None.
+
+        Raises:
+            RunError: the file is damaged.
+        """
+        file = Path(run) / FILE
+        if not file.exists():
+            return None
+        try:
+            return cls.from_json(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise RunError(f"{file} is damaged ({e!r}): delete it and run `mlfs palette {run}` again.") from e
+
+    def table(self) -> Table:
+        """For a terminal of 80 columns."""
+        caption = (
+            f"{short(self.model)} on {short(self.task)}. score: {self.metric} on {self.examples:,} {self.split} "
+            "examples"
+            + (f" (always the commonest class: {self.baseline:.3f})" if self.baseline else "")
+            + f". body: parameters without the embedding tables. GFLOP and milliseconds of one forward pass of the "
+            f"sliced model at {self.length} tokens, on {self.device}; in brackets: share of the maxnet's time."
+        )
+        table = Table(caption=caption, caption_justify="left", box=None, padding=(0, 1, 0, 0), header_style="bold")
+        table.add_column("subnet", no_wrap=True)
+        table.add_column("layers×heads\n·mlp·embed", no_wrap=True)
+        times = (f"batch {size}\n[ms]" for size in self.rows[0].latency_ms)
+        for column in ("params\n[M]", "body\n[M]", "GFLOP", *times, "score", "loss"):
+            table.add_column(column.replace("[", "\\["), justify="right", no_wrap=True)
+        for row in self.rows:
+            times = (f"{row.latency_ms[b]:.3g} ({row.latency_ratio[b]:.2f})" for b in row.latency_ms)
+            sizes = f"{row.params / 1e6:.2f}", f"{row.params_body / 1e6:.2f}", f"{row.flops / 1e9:.3f}"
+            table.add_row(row.name, shape(row.subnet), *sizes, *times, f"{row.score:.3f}", f"{row.loss:.3f}")
+        return table
+
+    def plot(self, file: str | Path) -> Path:
+        """A PNG: the metric against parameters and against latency at the smallest batch size."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        batch = min(self.rows[0].latency_ms)
+        panels = (
+            ("parameters without embeddings [M]", [row.params_body / 1e6 for row in self.rows]),
+            (f"latency at batch {batch} [ms]", [row.latency_ms[batch] for row in self.rows]),
+        )
+        scores = [row.score for row in self.rows]
+        figure = Figure(figsize=(10, 4.2), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(1, 2, sharey=True)
+        for ax, (label, costs) in zip(axes, panels, strict=True):
+            ax.plot(costs, scores, "o", color="tab:blue", clip_on=False)
+            ranks = sorted(range(len(costs)), key=costs.__getitem__)
+            for rank, i in enumerate(ranks):  # neighbours above and below in turn, so that labels keep apart
+                ax.annotate(
+                    f"{self.rows[i].name}\n{scores[i]:.3f}",
+                    (costs[i], scores[i]),
+                    xytext=(0, 7 if rank % 2 else -7),
+                    textcoords="offset points",
+                    ha="center",
+                    va="bottom" if rank % 2 else "top",
+                    fontsize=8,
+                )
+            ax.set_xlim(0, 1.12 * max(costs))  # from zero: half the cost is half the way
+            ax.set_xlabel(label)
+            ax.grid(alpha=0.3)
+            if self.baseline > 0:
+                ax.axhline(self.baseline, ls="--", color="tab:gray")
+        if self.baseline > 0:
+            place = {"xytext": (4, 3), "textcoords": "offset points"}
+            axes[0].annotate("commonest class", (0, self.baseline), fontsize=8, **place)
+        axes[0].set_ylim(min(0.0, *scores), 1.1)  # the metric's whole range: small differences look small
+        axes[0].set_yticks([tick for tick in np.arange(-1, 1.01, 0.2).round(1) if tick >= min(0.0, *scores)])
+        axes[0].set_ylabel(f"{self.metric} ({self.split}, {self.examples:,} examples)")
+        figure.suptitle(f"{short(self.model)} on {short(self.task)}, {self.length} tokens, {self.device}", fontsize=10)
+        figure.savefig(file, dpi=150)
+        return Path(file)
+
+
+def short(name: str) -> str:
+    """A model's or task's name for readers elsewhere: of a local path, its last part."""
+    return Path(name).name if Path(name).expanduser().exists() else name
+
+
+def shape(subnet: Subnet) -> str:
+    """``"6×12·1536·384"``: layers, heads, mlp, embed; a range where layers differ."""
+    span = lambda sizes: str(sizes[0]) if len(set(sizes)) == 1 else f"{min(sizes)}-{max(sizes)}"  # noqa: E731
+    return f"{subnet.depth}×{span(subnet.heads)}·{span(subnet.mlp)}·{subnet.embed}"
+
+
+def all_subnets(fitted: Fitted) -> dict[str, Subnet]:
+    """Every uniform subnet of a run's space, by its name where it has one, else by its shape."""
+    names = {subnet: name for name, subnet in reversed(fitted.space.names().items())}
+    return {names.get(subnet, shape(subnet)): subnet for subnet in fitted.space.subnets()}
+
+
+def measure(
+    fitted: Fitted,
+    subnets: Mapping[str, Subnet] | Sequence[str] | None = None,
+    *,
+    split: str | None = None,
+    data: Mapping[str, Encoded] | None = None,
+    batch_sizes: Sequence[int] = (1, 32),
+    length: int | None = None,
+    seconds: float = 10.0,
+    advance: Callable[[str], None] = lambda doing: None,
+) -> Palette:
+    """Measure subnets of a fitted run. The maxnet is always among them, first: ratios are to it.
+
+    Args:
+        subnets: by name, or names that ``fitted.space.named`` understands; None: ``fitted.space.names()``.
+        split: of the task; None: test if there is one, else validation.
+        data: the encoded task, if it is at hand already.
+        length: tokens of a sequence, for FLOPs and latency; None: the length that the run cuts texts to.
+        seconds: time to spend on the latency at each batch size, within 5 to 50 rounds.
+        advance: called as each part of the work begins, with what it is.
+
+    Raises:
+        UnknownNameError: no such split or subnet. SubnetError: a subnet that the space does not contain.
+        ConfigError: no batch size, or one below 1.
+    """
+    if not batch_sizes or min(batch_sizes) < 1:
+        raise ConfigError(f"batch_sizes = {tuple(batch_sizes)}: expected at least one, each of at least 1.")
+    space = fitted.space
+    if subnets is None:
+        subnets = space.names()
+    elif not isinstance(subnets, Mapping):
+        subnets = {name: space.named(name) for name in subnets}
+    chosen = {"maxnet": space.maxnet}
+    chosen |= {name: space.check(subnet) for name, subnet in subnets.items() if subnet != space.maxnet}
+
+    data = data or fitted.config.load_data(fitted.task)
+    split = split or ("test" if "test" in data else "validation")
+    if split not in data:
+        raise unknown("split", split, data)
+    examples, metric = data[split], fitted.task.metric
+    length = length or examples.max_length
+
+    merged = fitted.merged
+    models = {name: slice_subnet(merged, subnet) for name, subnet in chosen.items()}
+    calls: dict[str, dict[int, Callable[[], object]]] = {}
+    flops = {}
+    for name, model in models.items():
+        advance(f"compiling {name}")
+        calls[name] = {}
+        for size in batch_sizes:
+            call, count = _compile(model, size, length)
+            calls[name][size] = call
+            if size == batch_sizes[0]:  # the count is linear in the batch
+                flops[name] = round(count / size)
+    times = {}
+    for size in batch_sizes:
+        advance(f"timing at batch {size}")
+        times[size] = time_in_turn({name: calls[name][size] for name in calls}, seconds=seconds)
+
+    rows = []
+    for name, model in models.items():
+        advance(f"evaluating {name}")
+        scores = evaluate(model, examples, metric)
+        config, subnet = fitted.model.config, chosen[name]
+        ratios = {b: [t / m for t, m in zip(times[b][name], times[b]["maxnet"], strict=True)] for b in batch_sizes}
+        rows.append(
+            PaletteRow(
+                name=name,
+                subnet=subnet,
+                params=num_params(config, subnet, embeddings=True),
+                params_body=num_params(config, subnet),
+                flops=flops[name],
+                latency_ms={b: 1e3 * statistics.median(times[b][name]) for b in batch_sizes},
+                latency_ratio={b: statistics.median(ratios[b]) for b in batch_sizes},
+                score=scores[metric],
+                loss=scores["loss"],
+            )
+        )
+    return Palette(
+        model=fitted.config.model,
+        task=fitted.task.name,
+        metric=metric,
+        split=split,
+        examples=len(examples),
+        baseline=_commonest(examples) if metric == "accuracy" else 0.0,
+        length=length,
+        device=device_name(),
+        rows=tuple(rows),
+    )
+
+
+def _compile(model: Model, size: int, length: int) -> tuple[Callable[[], object], float]:
+    """A call that runs the model once on ``size`` full sequences, and the FLOPs of that.
+
+    The layers are unrolled: the compiler counts the body of a scan once, and unrolled is how a deployment would run.
+    """
+    ids = np.random.default_rng(0).integers(model.config.vocab_size, size=(size, length), dtype=np.int32)
+    batch = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    if model.config.type_vocab:
+        batch["token_type_ids"] = np.zeros_like(ids)
+    batch = jax.device_put(batch)
+    lowered = forward.lower(model.graphdef, model.base, batch, unroll=True)
+    compiled = lowered.compile()
+    cost = compiled.cost_analysis() or lowered.cost_analysis()  # not every backend counts what it compiled
+    flops = cost["flops"]
+    return lambda: jax.block_until_ready(compiled(model.base, batch).logits), flops
+
+
+def time_in_turn(calls: Mapping[str, Callable[[], object]], *, seconds: float) -> dict[str, list[float]]:
+    """Seconds that each call takes, round after round; every round runs all of them, in a new order.
+
+    So a drift of the machine (heat, other work) hits all of them alike. 5 to 50 rounds, as ``seconds`` allows.
+    """
+    for call in calls.values():  # not counted: the first run allocates
+        call()
+    rng = np.random.default_rng(0)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    start = time.perf_counter()
+    for done in range(MOST_ROUNDS):
+        if done >= LEAST_ROUNDS and time.perf_counter() - start > seconds:
+            break
+        for name in rng.permutation(list(calls)):
+            before = time.perf_counter()
+            calls[name]()
+            times[name].append(time.perf_counter() - before)
+    return times
+
+
+def _commonest(examples: Encoded) -> float:
+    return float(np.unique(examples.labels, return_counts=True)[1].max() / len(examples))
+
+
+def device_name() -> str:
+    """``"NVIDIA H200"``, ``"TPU v5 lite"``, or the CPU's name and how many cores this process may use."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return device.device_kind
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.machine()
+    return f"{name}, {cores} cores"
