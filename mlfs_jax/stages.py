@@ -50,7 +50,12 @@ class Stage:
         return (space.minnet, *(space.sample(jax.random.fold_in(key, i)) for i in range(self.random_subnets)))
 
 
-def paper_stages(steps: tuple[int, int, int], learning_rate: float = 1e-3, rank: int = 8) -> tuple[Stage, ...]:
-    """Stage 0: fine-tune the maxnet. Stage 1: widths at full depth. Stage 2: widths and depths."""
-    plan = enumerate(zip(SAMPLES, steps, strict=True))
+def paper_stages(steps: tuple[int, ...], learning_rate: float = 1e-3, rank: int = 8) -> tuple[Stage, ...]:
+    """Stage 0: fine-tune the maxnet. Stage 1: widths at full depth. Stage 2: widths and depths.
+
+    ``steps`` holds the length of each; fewer than three leave out the last ones.
+    """
+    if not 1 <= len(steps) <= len(SAMPLES):
+        raise ConfigError(f"steps = {steps}: expected the number of steps of 1 to {len(SAMPLES)} stages.")
+    plan = enumerate(zip(SAMPLES, steps, strict=False))
     return tuple(Stage(f"stage{i}", sample, n, learning_rate, rank) for i, (sample, n) in plan)

@@ -156,7 +156,7 @@ class SubnetSpace:
         return {"embed": c.embed, "heads": c.heads, "mlp": c.mlp, "depth": c.layers}
 
     @classmethod
-    def from_ratios(cls, config: EncoderConfig, *, embed=(1.0,), width=(1.0, 0.5, 0.22), depth=(1.0, 0.5), **kw):
+    def from_ratios(cls, config: EncoderConfig, *, embed=(1.0,), width=(1.0, 0.49, 0.22), depth=(1.0, 0.5), **kw):
         """Choices as shares of the supernet; ``width`` is for heads and mlp.
 
         Sizes round to whole units, at least 1; those above 128 to a multiple of 16, which matrix units like.
@@ -263,18 +263,20 @@ class SubnetSpace:
         return max(near, key=lambda row: row[:3])[-1]
 
     def names(self) -> dict[str, Subnet]:
-        """The named palette, largest first: maxnet, the fractions that exist in this space, minnet."""
-        named = {"maxnet": self.maxnet}
-        for name, share in FRACTIONS.items():
+        """The named palette, largest first: maxnet, the fractions that exist in this space, minnet.
+
+        A subnet that several names fit (nothing in this space lies between a third and a quarter, say) stands under
+        the smallest.
+        """
+        named = {"minnet": self.minnet, "maxnet": self.maxnet}
+        for name, share in sorted(FRACTIONS.items(), key=lambda item: item[1]):
             try:
                 subnet = self.fraction(share)
             except SubnetError:
                 continue
             if subnet not in named.values():
                 named[name] = subnet
-        if self.minnet not in named.values():
-            named["minnet"] = self.minnet
-        return named
+        return dict(sorted(named.items(), key=lambda item: -num_params(self.config, item[1])))
 
     def named(self, name: str) -> Subnet:
         """A subnet by its name, or by sizes: ``"embed=384,heads=6,mlp=768,depth=3"`` (what is left out stays whole).
@@ -294,9 +296,9 @@ class SubnetSpace:
             if sizes["depth"] not in self.depth:
                 raise SubnetError(f"depth = {sizes['depth']} is not in this space: choose from {self.depth}.")
             return self.check(self.uniform(**sizes))
-        known = self.names()
-        if name == "minnet":
-            return self.minnet
-        if name not in known:
-            raise unknown("subnet", name, known)
-        return known[name]
+        if name in FRACTIONS:
+            return self.fraction(FRACTIONS[name])
+        whole = {"maxnet": self.maxnet, "minnet": self.minnet}
+        if name not in whole:
+            raise unknown("subnet", name, [*whole, *FRACTIONS])
+        return whole[name]

@@ -48,7 +48,7 @@ class FitConfig:
     Attributes:
         model: a name of the catalogue, a hub id, or a local Hugging Face directory.
         task: a task's name, or a .jsonl / .csv file, or a folder of them.
-        steps: optimizer steps of stages 0 (maxnet), 1 (widths), 2 (widths and depths).
+        steps: optimizer steps of stages 0 (maxnet), 1 (widths), 2 (widths and depths); one number is plain LoRA.
         rank: R of every stage's low-rank pairs.
         random_subnets: n of the sandwich rule: every step trains the maxnet, the minnet, and n random subnets.
         gamma: exponent of the gradient scaling (n_max / n_j)^gamma.
@@ -66,7 +66,7 @@ class FitConfig:
     model: str
     task: str
     seed: int = 0
-    steps: tuple[int, int, int] = (300, 300, 300)
+    steps: tuple[int, ...] = (300, 300, 300)
     learning_rate: float = 1e-3
     batch_size: int = 32
     rank: int = 8
@@ -74,7 +74,7 @@ class FitConfig:
     gamma: float = 0.0
     distill: DistillConfig = field(default_factory=DistillConfig)
     embed: tuple[float, ...] = (1.0,)
-    width: tuple[float, ...] = (1.0, 0.5, 0.22)
+    width: tuple[float, ...] = (1.0, 0.49, 0.22)
     depth: tuple[float, ...] = (1.0, 0.5)
     vary: str = "together"
     reorder: bool = True

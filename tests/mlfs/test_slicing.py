@@ -27,7 +27,11 @@ def subnets(config, per_layer: bool):
             return st.tuples(*[one] * len(kept)) if per_layer else one.map(lambda n: (n,) * len(kept))
 
         return st.builds(
-            mlfs.Subnet, st.integers(1, config.embed), counts(config.heads), counts(config.mlp), st.just(tuple(kept))
+            mlfs.Subnet,
+            st.integers(2, config.embed),  # the norm of a single channel is 0 / 0
+            counts(config.heads),
+            counts(config.mlp),
+            st.just(tuple(kept)),
         )
 
     return layers.flatmap(widths)

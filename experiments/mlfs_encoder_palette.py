@@ -1,0 +1,167 @@
+"""The encoder palette on real data: how much of the maxnet's accuracy do its subnets keep?
+
+For each task and seed: one MLFS run on all the data, the test accuracy of its named subnets, and the honest baseline,
+LoRA fine-tuning of a naively truncated model: the same size as ``quarter``, made of the first heads and neurons of the
+pretrained model, no importance, no teacher; as many adapter parameters and as many steps.
+
+    python experiments/mlfs_encoder_palette.py                        # 3 seeds x 2 tasks; hours on 2 cores
+    python experiments/mlfs_encoder_palette.py --preset h200          # longer, for a GPU
+    python experiments/mlfs_encoder_palette.py --report               # table and plot of what is there already
+
+Every seed's result is written as it comes (experiments/results/mlfs_encoder_palette.json); what is stopped goes on
+where it was. Choices are made on the validation split; the numbers are of the test split.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+import mlfs_jax as mlfs
+from mlfs_jax.data.batches import Batches
+from mlfs_jax.evaluate import evaluate
+from mlfs_jax.subnet import num_params
+from mlfs_jax.supernet import Supernet
+
+RESULTS = Path(__file__).parent / "results" / "mlfs_encoder_palette.json"
+TASKS = ("wiki-topic", "movie")
+
+PRESETS = {
+    # buckets: few, because each is one more compile of every step
+    "cpu": {
+        "wiki-topic": {"steps": (250, 110, 110), "max_length": 64, "buckets": (48, 64), "random_subnets": 1},
+        "movie": {"steps": (260, 110, 110), "max_length": 64, "buckets": (24, 32, 48, 64), "random_subnets": 1},
+    },
+    "h200": {task: {"steps": (450, 900, 900), "batch_size": 64, "random_subnets": 2} for task in TASKS},
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to run."""
+
+    tasks: tuple[str, ...] = TASKS
+    seeds: tuple[int, ...] = (0, 1, 2)
+    preset: str = "cpu"
+    runs: Path = Path("runs/encoder_palette")
+    report: bool = False  # only print and plot what has been measured
+
+
+def config_for(task: str, seed: int, preset: str) -> mlfs.FitConfig:
+    return mlfs.FitConfig(model="minilm-l6", task=task, seed=seed, **PRESETS[preset][task])
+
+
+def palette(fitted: mlfs.Fitted, data: dict) -> dict[str, dict]:
+    """Accuracy and size of the named subnets."""
+    rows, config = {}, fitted.model.config
+    for name, subnet in fitted.space.names().items():
+        small = mlfs.slice_subnet(fitted.merged, subnet)
+        score = {split: evaluate(small, data[split], fitted.task.metric) for split in ("validation", "test")}
+        rows[name] = {"subnet": str(subnet), "share": num_params(config, subnet) / num_params(config), **score}
+    return rows
+
+
+def truncated_baseline(fitted: mlfs.Fitted, data: dict) -> dict:
+    """LoRA on the first heads and neurons of the pretrained model, by the task's loss alone."""
+    config, stages = fitted.config, fitted.config.stages
+    model = mlfs.slice_subnet(config.load_model(fitted.task), fitted.space.named("quarter"))
+    steps, rank = sum(stage.steps for stage in stages), sum(stage.rank for stage in stages)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, steps * 6 // 100, steps)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+    supernet = Supernet(model.config, dataclasses.replace(config.distill, beta=0.0), optimizer, unroll=config.unroll)
+    lora = mlfs.init_lora(jax.random.key(config.seed), model, rank=rank, full=("head",))
+    state = jax.device_put(supernet.init({"lora": lora}), jax.devices()[0])
+    batches = Batches(data["train"], config.batch_size, seed=config.seed, buckets=config.buckets)
+    for step in range(steps):
+        state, _ = supernet.step(state, model.base, batches[step], (), 0.0)
+    tuned = model.replace(base=mlfs.merge_lora(model.base, state.params["lora"]))
+    return {split: evaluate(tuned, data[split], fitted.task.metric) for split in ("validation", "test")}
+
+
+def load_results() -> dict:
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
+def save_result(key: str, result: dict) -> None:
+    """Add one seed's result to the file; several processes may do so at once."""
+    RESULTS.parent.mkdir(exist_ok=True)
+    with open(RESULTS.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        results = load_results() | {key: result}
+        fresh = RESULTS.with_suffix(".tmp")
+        fresh.write_text(json.dumps(dict(sorted(results.items())), indent=1))
+        fresh.replace(RESULTS)
+
+
+def report(preset: str, console: Console) -> None:
+    """Mean and spread over seeds, as a table and a picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    results = {key: r for key, r in load_results().items() if r["preset"] == preset}
+    tasks = [task for task in TASKS if any(r["task"] == task for r in results.values())]
+    if not tasks:
+        console.print(f"nothing measured yet with preset {preset}.")
+        return
+    figure, panels = plt.subplots(1, len(tasks), figsize=(5 * len(tasks), 4), squeeze=False)
+    for panel, task in zip(panels[0], tasks, strict=True):
+        runs = [r for r in results.values() if r["task"] == task]
+        table = Table(title=f"{task}: test accuracy, mean and standard deviation of {len(runs)} seeds ({preset})")
+        for column in ("subnet", "share of parameters", "accuracy", "of the maxnet's"):
+            table.add_column(column, justify="left" if column == "subnet" else "right")
+        maxnet = np.array([r["palette"]["maxnet"]["test"]["accuracy"] for r in runs])
+        shares, means, spreads = [], [], []
+        for name, row in runs[0]["palette"].items():
+            accuracy = np.array([r["palette"][name]["test"]["accuracy"] for r in runs])
+            kept = accuracy / maxnet
+            score, of_maxnet = (f"{x.mean():.4f} ± {x.std():.4f}" for x in (accuracy, kept))
+            table.add_row(f"{name} ({row['subnet']})", f"{row['share']:.3f}", score, of_maxnet)
+            shares, means, spreads = [*shares, row["share"]], [*means, accuracy.mean()], [*spreads, accuracy.std()]
+        baseline = np.array([r["baseline"]["test"]["accuracy"] for r in runs])
+        quarter = runs[0]["palette"]["quarter"]["share"]
+        score, of_maxnet = (f"{x.mean():.4f} ± {x.std():.4f}" for x in (baseline, baseline / maxnet))
+        table.add_row("baseline: truncated quarter, LoRA", f"{quarter:.3f}", score, of_maxnet)
+        console.print(table)
+        panel.errorbar(shares, means, spreads, marker="o", capsize=3, label="MLFS palette")
+        panel.errorbar([quarter], baseline.mean(), baseline.std(), marker="s", capsize=3, label="truncated + LoRA")
+        panel.set(title=task, xlabel="share of the maxnet's non-embedding parameters", ylabel="test accuracy")
+        panel.legend(loc="lower right")
+    figure.tight_layout()
+    figure.savefig(RESULTS.with_suffix(".png"), dpi=120)
+    console.print(f"wrote {RESULTS.with_suffix('.png')}")
+
+
+def main(options: Options) -> None:
+    console = Console()
+    for seed in options.seeds if not options.report else ():
+        for task in options.tasks:
+            key = f"{options.preset}/{task}/{seed}"
+            if key in load_results():
+                continue
+            console.print(f"[bold]{key}")
+            start, config = time.time(), config_for(task, seed, options.preset)
+            fitted = mlfs.fit(config, options.runs / key, console=console)
+            if fitted is None:
+                return
+            data = config.load_data(fitted.task)
+            result = {"preset": options.preset, "task": task, "seed": seed, "device": jax.devices()[0].device_kind}
+            result |= {"palette": palette(fitted, data), "baseline": truncated_baseline(fitted, data)}
+            save_result(key, result | {"seconds": round(time.time() - start)})
+    report(options.preset, console)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

@@ -1,0 +1,140 @@
+"""The training step: one compile, cheap, the same masked and sliced, and it learns."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny import tiny_batch, tiny_config, tiny_lora, tiny_model
+
+import mlfs_jax as mlfs
+from mlfs_jax.distill import DistillConfig, init_projection
+from mlfs_jax.errors import ConfigError
+from mlfs_jax.model import abstract, forward
+from mlfs_jax.supernet import Supernet, gradient_weights, trainable_params
+
+DISTILL = DistillConfig(feature_dim=6)
+
+
+def space(config):
+    return mlfs.SubnetSpace.from_ratios(config, embed=(1, 0.5), width=(1, 0.5, 0.25), depth=(1, 2 / 3, 1 / 3))
+
+
+def start(model, execution="sliced", learning_rate=1e-2):
+    supernet = Supernet(model.config, DISTILL, optax.adam(learning_rate), execution)
+    features = init_projection(jax.random.key(3), model.config.embed, DISTILL)
+    return supernet, supernet.init({"lora": tiny_lora(model), "features": features})
+
+
+def test_masked_and_sliced_steps_are_the_same_step():
+    model = tiny_model()
+    batch, subnets = tiny_batch(model.config), tuple(space(model.config).sample(jax.random.key(i)) for i in range(3))
+    after = {}
+    for execution in ("masked", "sliced"):
+        supernet, state = start(model, execution)
+        after[execution] = supernet.step(state, model.base, batch, subnets, 0.5)
+    (masked, losses), (sliced, others) = after["masked"], after["sliced"]
+    np.testing.assert_allclose(losses, others, rtol=1e-4)
+    assert losses.shape == (4,)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), masked.params, sliced.params)
+
+
+def test_one_compile_for_fifty_random_subnets():
+    model = tiny_model()
+    batch = tiny_batch(model.config)
+    supernet, state = start(model, "masked")
+    for i in range(50):
+        state, _ = supernet.step(state, model.base, batch, (space(model.config).sample(jax.random.key(i)),), 0.0)
+    assert supernet.masked_step._cache_size() == 1
+    assert int(state.step) == 50
+
+
+def test_sliced_compiles_once_for_each_width():
+    model = tiny_model()
+    batch, drawn = tiny_batch(model.config), space(model.config)
+    supernet, state = start(model, "sliced")
+    for subnet in drawn.subnets():  # 2 embed x 3 widths, each at 3 depths
+        state, _ = supernet.step(state, model.base, batch, (subnet,), 0.0)
+    maxnet_grads, add_subnet_grads, update = supernet._compiled
+    assert (maxnet_grads._cache_size(), add_subnet_grads._cache_size(), update._cache_size()) == (1, 6, 1)
+
+
+def test_lora_step_costs_at_most_2_3_forward_passes_and_no_gradient_of_the_base():
+    """Counted by the compiler, layers unrolled, at the shapes of MiniLM (2 layers of it)."""
+    config = tiny_config(vocab_size=99, embed=384, heads=12, head_dim=32, mlp=1536, layers=2, max_positions=64)
+    batch = {
+        **{n: jax.ShapeDtypeStruct((8, 64), jnp.int32) for n in ("input_ids", "attention_mask")},
+        "labels": jax.ShapeDtypeStruct((8,), jnp.int32),
+    }
+    graphdef, base = abstract(config)
+    model = mlfs.Model(config, graphdef, base)
+    supernet = Supernet(config, DistillConfig(beta=0), optax.adam(1e-3), unroll=True)
+    params = {"lora": jax.eval_shape(lambda: mlfs.init_lora(jax.random.key(0), model, rank=8, full=("head",)))}
+    state = jax.eval_shape(supernet.init, params)
+
+    def step(state, base, batch):
+        grads, loss, _ = supernet._maxnet_grads(state.params, base, batch, 1.0)
+        return supernet._update(state, grads), loss
+
+    flops = lambda lowered: lowered.compile().cost_analysis()["flops"]  # noqa: E731
+    ratio = flops(jax.jit(step).lower(state, base, batch)) / flops(forward.lower(graphdef, base, batch, unroll=True))
+    assert ratio <= 2.3
+    adapter = sum(x.size for x in jax.tree.leaves(params))
+    moments = sum(x.size for x in jax.tree.leaves(state.opt_state) if x.ndim)
+    assert moments == 2 * adapter  # Adam's two moments of the adapter, and of nothing else
+
+
+def test_gradient_weights():
+    np.testing.assert_allclose(gradient_weights([100, 50, 10], 0.0), [1, 1, 1])
+    w = gradient_weights([100, 50, 10], 0.5)
+    assert sum(w) == pytest.approx(3) and w[0] < w[1] < w[2]
+    assert w[2] / w[0] == pytest.approx(10**0.5)
+
+
+def test_trainable_parameters_of_a_slice_are_those_of_its_adapter():
+    model = tiny_model()
+    pair = mlfs.init_lora(jax.random.key(0), model, rank=3, sites=["layers.up"])
+    shapes = tuple((site, leaf, x.shape) for site, entry in pair.items() for leaf, x in entry.items())
+    assert trainable_params(model.config, None, shapes) == 3 * 3 * (24 + 20)
+    subnet = mlfs.Subnet(12, (4, 4), (7, 7), (0, 2))
+    assert trainable_params(model.config, subnet, shapes) == 2 * 3 * (12 + 7)
+
+
+@pytest.mark.parametrize("divergence", ["kl", "reverse-kl", "jsd"])
+def test_a_small_subnet_learns_to_follow_the_maxnet(divergence):
+    model = tiny_model()
+    batch, minnet = tiny_batch(model.config, batch=8), space(model.config).minnet
+    supernet = Supernet(model.config, DistillConfig(feature_dim=6, divergence=divergence), optax.adam(1e-2), "masked")
+    _, state = start(model)
+    losses = []
+    for _ in range(60):
+        state, step_losses = supernet.step(state, model.base, batch, (minnet,), 0.0)
+        losses.append(np.asarray(step_losses))
+    assert losses[-1][0] < 0.5 * losses[0][0]
+    assert losses[-1][1] < 0.5 * losses[0][1]
+
+
+def test_alpha_zero_and_beta_zero_is_plain_fine_tuning_of_the_slice():
+    model = tiny_model()
+    batch, minnet = tiny_batch(model.config), space(model.config).minnet
+    supernet = Supernet(model.config, DistillConfig(alpha=0, beta=0), optax.sgd(0.0))
+    lora = tiny_lora(model)
+    _, losses = supernet.step(supernet.init({"lora": lora}), model.base, batch, (minnet,), 0.0)
+    small = mlfs.slice_subnet(model, minnet, lora=lora)
+    logp = jax.nn.log_softmax(forward(small.graphdef, small.base, batch).logits)
+    np.testing.assert_allclose(losses[1], -logp[np.arange(3), batch["labels"]].mean(), rtol=1e-4)
+
+
+def test_regression_step():
+    model = tiny_model(labels=1, problem="regression")
+    batch = tiny_batch(model.config) | {"labels": jnp.asarray([0.5, -1.0, 2.0])}
+    supernet, state = start(model)
+    _, losses = supernet.step(state, model.base, batch, (space(model.config).minnet,), 0.0)
+    assert np.isfinite(losses).all() and (losses > 0).all()
+
+
+def test_mistakes_are_named():
+    with pytest.raises(ConfigError, match="execution = 'fast'"):
+        Supernet(tiny_config(), DISTILL, optax.sgd(1.0), "fast")
+    with pytest.raises(ConfigError, match="'mlm' head"):
+        Supernet(tiny_config(head="mlm"), DISTILL, optax.sgd(1.0))
