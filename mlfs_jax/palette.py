@@ -208,7 +208,7 @@ def measure(
     data: Mapping[str, Encoded] | None = None,
     batch_sizes: Sequence[int] = (1, 32),
     length: int | None = None,
-    seconds: float = 10.0,
+    seconds: float = 5.0,
     advance: Callable[[str], None] = lambda doing: None,
 ) -> Palette:
     """Measure subnets of a fitted run. The maxnet is always among them, first: ratios are to it.
