@@ -79,7 +79,8 @@ def truncated_baseline(fitted: mlfs.Fitted, data: dict) -> dict:
     steps, rank = sum(stage.steps for stage in stages), sum(stage.rank for stage in stages)
     schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, steps * 6 // 100, steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
-    supernet = Supernet(model.config, dataclasses.replace(config.distill, beta=0.0), optimizer, unroll=config.unroll)
+    distill, on_cpu = dataclasses.replace(config.distill, beta=0.0), jax.default_backend() == "cpu"
+    supernet = Supernet(model.config, distill, optimizer, unroll=on_cpu)
     lora = mlfs.init_lora(jax.random.key(config.seed), model, rank=rank, full=("head",))
     state = jax.device_put(supernet.init({"lora": lora}), jax.devices()[0])
     batches = Batches(data["train"], config.batch_size, seed=config.seed, buckets=config.buckets)

@@ -1,43 +1,40 @@
 """MLFS in JAX: one frozen pretrained model, many subnets for many devices."""
 
-from mlfs_jax.backbone.tree import Mask, Output
-from mlfs_jax.config import EncoderConfig
-from mlfs_jax.distill import DistillConfig
-from mlfs_jax.hf.export import ExportReport, export_hf
-from mlfs_jax.hf.load import from_pretrained
-from mlfs_jax.lora import init_lora, lora_sites, merge_lora, stack_stages, unmerge_lora
-from mlfs_jax.model import Model, forward, init_model
-from mlfs_jax.slicing import slice_subnet
-from mlfs_jax.stages import Stage, paper_stages
-from mlfs_jax.subnet import Subnet, SubnetSpace, make_mask
-from mlfs_jax.train import FitConfig, Fitted, fit, load_run
+import importlib
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "DistillConfig",
-    "EncoderConfig",
-    "ExportReport",
-    "FitConfig",
-    "Fitted",
-    "Mask",
-    "Model",
-    "Output",
-    "Stage",
-    "Subnet",
-    "SubnetSpace",
-    "export_hf",
-    "fit",
-    "forward",
-    "from_pretrained",
-    "init_lora",
-    "init_model",
-    "load_run",
-    "lora_sites",
-    "make_mask",
-    "merge_lora",
-    "paper_stages",
-    "slice_subnet",
-    "stack_stages",
-    "unmerge_lora",
-]
+# name -> where it lives; imported when it is first used (PEP 562), so that `mlfs --help` does not wait for jax
+_HOME = {
+    "backbone.tree": ("Mask", "Output"),
+    "config": ("EncoderConfig",),
+    "distill": ("DistillConfig",),
+    "evaluate": ("evaluate",),
+    "export": ("export_adapter", "export_subnet"),
+    "hf.export": ("ExportReport", "export_hf"),
+    "hf.load": ("from_pretrained",),
+    "hf.peft": ("export_peft",),
+    "importance": ("importance_order", "measure_importance", "reorder", "reorder_lora"),
+    "lora": ("init_lora", "lora_sites", "merge_lora", "stack_stages", "unmerge_lora"),
+    "model": ("Model", "forward", "init_model"),
+    "palette": ("Palette", "measure"),
+    "slicing": ("slice_subnet",),
+    "stages": ("Stage", "paper_stages"),
+    "subnet": ("Subnet", "SubnetSpace", "make_mask"),
+    "train": ("FitConfig", "Fitted", "fit", "load_run"),
+}
+_MODULE = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = sorted(_MODULE)
+
+
+def __getattr__(name: str):
+    if name not in _MODULE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULE[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -133,20 +133,27 @@ class SubnetSpace:
     layer_order: tuple[int, ...] | None = None
 
     def __post_init__(self):
-        for axis, top in self._tops.items():
-            choices = tuple(sorted(set(getattr(self, axis) or (top,)), reverse=True))
-            if choices[0] != top or choices[-1] < 1:
-                raise SubnetError(
-                    f"{axis} = {choices}: expected sizes from 1 to {top}, with {top} (the supernet's own) among them."
-                )
-            object.__setattr__(self, axis, choices)
         if self.vary not in ("together", "independent", "per-layer"):
             raise ConfigError(f"vary = {self.vary!r}: expected 'together', 'independent' or 'per-layer'.")
-        if self.vary == "together" and len(self.heads) != len(self.mlp):
-            raise SubnetError(
-                f"heads = {self.heads} and mlp = {self.mlp} vary together but are not of one length: give as many "
-                "choices for one as for the other, or vary='independent'."
-            )
+        choices = {axis: tuple(getattr(self, axis)) or (top,) for axis, top in self._tops.items()}
+        if self.vary == "together":
+            if len(choices["heads"]) != len(choices["mlp"]):
+                raise SubnetError(
+                    f"heads = {choices['heads']} and mlp = {choices['mlp']} vary together but are not of one length: "
+                    "give as many choices for one as for the other, or vary='independent'."
+                )
+            pairs = sorted(set(zip(choices["heads"], choices["mlp"], strict=True)), reverse=True)
+            choices["heads"], choices["mlp"] = zip(*pairs, strict=True)
+        else:
+            choices |= {axis: tuple(sorted(set(choices[axis]), reverse=True)) for axis in ("heads", "mlp")}
+        choices |= {axis: tuple(sorted(set(choices[axis]), reverse=True)) for axis in ("embed", "depth")}
+        for axis, top in self._tops.items():
+            if max(choices[axis]) != top or min(choices[axis]) < 1:
+                raise SubnetError(
+                    f"{axis} = {choices[axis]}: expected sizes from 1 to {top}, with {top} (the supernet's own) among "
+                    "them."
+                )
+            object.__setattr__(self, axis, choices[axis])
         if self.layer_order is not None and sorted(self.layer_order) != list(range(self.config.layers)):
             raise SubnetError(f"layer_order = {self.layer_order}: expected each of 0..{self.config.layers - 1} once.")
 

@@ -66,8 +66,6 @@ class Supernet:
     unroll: bool = False
 
     def __post_init__(self):
-        if self.execution not in EXECUTIONS:
-            raise ConfigError(f"execution = {self.execution!r}: expected one of {', '.join(EXECUTIONS)}.")
         if self.config.head != "sequence":
             raise ConfigError(f"a {self.config.head!r} head: training needs a 'sequence' head.")
 

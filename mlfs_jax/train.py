@@ -8,7 +8,6 @@ copied: a run is a few megabytes beside its pretrained model.
 from __future__ import annotations
 
 import dataclasses
-import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,9 +35,9 @@ from mlfs_jax.run import Preemption, Run, preemption
 from mlfs_jax.slicing import slice_subnet
 from mlfs_jax.stages import Stage, paper_stages
 from mlfs_jax.subnet import SubnetSpace
-from mlfs_jax.supernet import Supernet, TrainState
+from mlfs_jax.supernet import EXECUTIONS, Supernet, TrainState
 
-log = logging.getLogger("mlfs_jax")
+LOG_EVERY = 10
 
 
 @dataclass(frozen=True)
@@ -48,15 +47,22 @@ class FitConfig:
     Attributes:
         model: a name of the catalogue, a hub id, or a local Hugging Face directory.
         task: a task's name, or a .jsonl / .csv file, or a folder of them.
+        seed: of new weights, of the order of the data, and of the sampled subnets.
         steps: optimizer steps of stages 0 (maxnet), 1 (widths), 2 (widths and depths); one number is plain LoRA.
+        learning_rate: the peak in every stage: linear warm-up, then cosine to 0.
+        batch_size: examples in a step.
         rank: R of every stage's low-rank pairs.
         random_subnets: n of the sandwich rule: every step trains the maxnet, the minnet, and n random subnets.
         gamma: exponent of the gradient scaling (n_max / n_j)^gamma.
-        embed, width, depth: choices of the subnet space, as shares of the supernet; width is for heads and mlp.
-        vary: "together", "independent" or "per-layer": how heads and mlp shrink, see SubnetSpace.
+        distill: how subnets learn from the maxnet.
+        embed: choices of the subnet space for channels, as shares of the supernet.
+        width: the same, for heads and mlp.
+        depth: the same, for layers.
+        vary: "together", "independent" or "per-layer": how heads and mlp shrink.
         reorder: order heads, neurons and channels by importance after stage 0; else a subnet is the first k.
         importance_examples: training examples that the importance scores are measured on.
-        execution, unroll: "sliced" or "masked", and whether the layers are unrolled, see Supernet; None unrolls on CPU.
+        execution: "sliced" runs each subnet at its true widths, "masked" at the supernet's with one compile for all.
+        unroll: unroll the scan over layers (slower to compile, faster on a CPU); the default does on a CPU.
         max_length: tokens; longer texts are cut. The default is the task's.
         buckets: lengths that batches are padded to (each is one more compile of a step).
         limit: at most this many examples of each split.
@@ -91,9 +97,9 @@ class FitConfig:
             raise ConfigError(
                 f"save_every = {self.save_every}, importance_examples = {self.importance_examples}: expected >= 1."
             )
-
-        if self.unroll is None:
-            object.__setattr__(self, "unroll", jax.default_backend() == "cpu")
+        if self.execution not in EXECUTIONS:
+            raise ConfigError(f"execution = {self.execution!r}: expected one of {', '.join(EXECUTIONS)}.")
+        _ = self.stages  # their errors, now
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -181,6 +187,7 @@ def fit(config: FitConfig, out: str | Path, *, console: Console | None = None) -
     console = console or Console()
     task = get_task(config.task)
     model, data = config.load_model(task), config.load_data(task)
+    config.space(model.config)  # a wrong choice is said before the folder is made
     with Run.create_or_resume(out, dataclasses.asdict(config)) as run, preemption() as stop:
         fitted = _assemble(run, config, task, model)
         for number, stage in enumerate(config.stages):
@@ -214,7 +221,8 @@ def _train_stage(
     root = jax.random.fold_in(jax.random.key(config.seed), number)
     schedule = optax.warmup_cosine_decay_schedule(0.0, stage.learning_rate, max(1, stage.steps * 6 // 100), stage.steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
-    supernet = Supernet(model.config, config.distill, optimizer, config.execution, unroll=config.unroll)
+    unroll = jax.default_backend() == "cpu" if config.unroll is None else config.unroll
+    supernet = Supernet(model.config, config.distill, optimizer, config.execution, unroll)
 
     params = {"lora": init_lora(jax.random.fold_in(root, 0), model, rank=stage.rank, full=("head",))}
     if stage.sample != "maxnet" and config.distill.beta:
@@ -240,13 +248,13 @@ def _train_stage(
             subnets = stage.subnets(space, jax.random.fold_in(root, 2 + step))
             state, losses = supernet.step(state, model.base, batches[step], subnets, config.gamma)
             pending.append((first + step + 1, losses))
-            if (step + 1) % 10 == 0:
+            if (step + 1) % LOG_EVERY == 0:
                 shown = f"loss maxnet {losses[0]:.3f}" + (f", minnet {losses[1]:.3f}" if subnets else "")
                 progress.update(bar, losses=shown)
             progress.update(bar, completed=step + 1)
             save = stop or (step + 1) % config.save_every == 0
-            if save or step + 1 == stage.steps:
-                flush()
+            if save or step + 1 == stage.steps or (step + 1) % LOG_EVERY == 0:
+                flush()  # not at every step: reading a loss waits for the device
             if save:
                 checkpoints.save(first + step + 1, state, {"stage": stage.name})
             if stop:

@@ -18,10 +18,10 @@ FLOORS = [
     {"backbone"},
     {"model"},
     {"hf", "lora", "subnet"},
-    {"slicing", "importance", "supernet"},
-    {"distill", "stages", "train"},
-    {"palette", "plots"},
-    {"cli", "__main__"},
+    {"slicing", "importance", "distill"},
+    {"supernet", "stages", "evaluate", "train"},
+    {"palette", "export", "verify", "info"},
+    {"cli"},
 ]
 FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
 
@@ -61,13 +61,15 @@ def imported(node: ast.AST, path: Path) -> list[str]:
 
 
 def imports(path: Path, *, lazy: bool) -> list[tuple[int, str]]:
-    """(line, name) of the imports of a file; lazy=False leaves out those inside functions."""
+    """(line, name) of the imports of a file; lazy=False leaves out those that do not run when it is imported."""
     found = []
     todo: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"), filename=str(path))]
     while todo:
         node = todo.pop()
         found += [(node.lineno, name) for name in imported(node, path)]
-        if lazy or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        later = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        never = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        if lazy or not (later or never):
             todo += ast.iter_child_nodes(node)
     return sorted(found)
 

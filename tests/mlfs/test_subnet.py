@@ -67,6 +67,12 @@ def test_names_run_from_maxnet_to_minnet():
     assert space().named("embed=12,heads=2,mlp=10,depth=2") == space().uniform(embed=12, heads=2, mlp=10, depth=2)
 
 
+def test_few_heads_still_pair_with_every_mlp_width():
+    two_heads = mlfs.SubnetSpace.from_ratios(tiny_config(heads=2, embed=12), width=(1, 0.5, 0.25))
+    assert (two_heads.heads, two_heads.mlp) == ((2, 1, 1), (20, 10, 5))
+    assert [(s.heads[0], s.mlp[0]) for s in two_heads.at_full_depth().subnets()] == [(2, 20), (1, 10), (1, 5)]
+
+
 def test_layer_choices():
     assert space().kept_layers(2) == (0, 1) and space().kept_layers(1) == (0,)
     by_rank = mlfs.SubnetSpace(tiny_config(), depth=(3, 2, 1), layer_order=(2, 0, 1))
@@ -95,7 +101,7 @@ def test_other_mistakes():
     with pytest.raises(SubnetError, match=r"heads = \(9, 9, 9\) does not fit this model: expected 1 to 4"):
         mlfs.make_mask(tiny_config(), Subnet(24, (9, 9, 9), (20, 20, 20), (0, 1, 2)))
     with pytest.raises(SubnetError, match="supernet's own"):
-        mlfs.SubnetSpace(tiny_config(), heads=(2, 1))
+        mlfs.SubnetSpace(tiny_config(), heads=(2, 1), mlp=(20, 10))
     with pytest.raises(SubnetError, match="not of one length"):
         mlfs.SubnetSpace(tiny_config(), heads=(4, 2, 1), mlp=(20, 10))
     with pytest.raises(SubnetError, match="at least one layer"):

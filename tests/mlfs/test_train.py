@@ -1,0 +1,147 @@
+"""fit: resumable to the bit, honest about mistakes, and what it leaves in the folder."""
+
+import dataclasses
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+import mlfs_jax as mlfs
+from mlfs_jax.errors import ConfigError, DataError, RunError, UnknownNameError
+from mlfs_jax.evaluate import evaluate
+from mlfs_jax.lora import load_lora
+from mlfs_jax.run import Run
+from mlfs_jax.supernet import Supernet
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture
+def config(tiny_hf, mood_task):
+    return mlfs.FitConfig(
+        model=str(tiny_hf),
+        task=str(mood_task),
+        steps=(5, 4, 4),
+        learning_rate=1e-2,
+        rank=2,
+        batch_size=8,
+        max_length=12,
+        buckets=(12,),
+        width=(1.0, 0.5),
+        random_subnets=1,
+        importance_examples=16,
+        save_every=2,
+        unroll=False,
+    )
+
+
+def interrupt(monkeypatch, at: set[int], how) -> None:
+    """Call ``how()`` during the steps numbered ``at``, counted over all calls from here on."""
+    step, count = Supernet.step, iter(range(1, 1000))
+
+    def counted(self, *args):
+        if next(count) in at:
+            how()
+        return step(self, *args)
+
+    monkeypatch.setattr(Supernet, "step", counted)
+
+
+def contents(folder) -> tuple[list[dict], dict]:
+    adapters = {f.stem: load_lora(f) for f in sorted((folder / "adapters").iterdir())}
+    return Run.open(folder).history(), adapters
+
+
+def assert_same_run(a, b) -> None:
+    (history, adapters), (others, other_adapters) = contents(a), contents(b)
+    assert history == others
+    assert jax.tree.structure(adapters) == jax.tree.structure(other_adapters)
+    jax.tree.map(np.testing.assert_array_equal, adapters, other_adapters)
+
+
+def test_stopped_after_any_step_the_run_continues_bit_by_bit(config, tmp_path, monkeypatch):
+    """Stopped by SIGTERM within each stage and on the last step of one, then killed between two checkpoints."""
+    whole = mlfs.fit(config, tmp_path / "whole", console=QUIET)
+    assert [line["step"] for line in contents(tmp_path / "whole")[0]] == list(range(1, 14))
+
+    with monkeypatch.context() as patch:
+        interrupt(patch, {3, 5, 7, 12}, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        stops = 0
+        while mlfs.fit(config, tmp_path / "stopped", console=QUIET) is None:
+            stops += 1
+    assert stops == 4
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+    def crash():
+        raise MemoryError("pulled the plug")
+
+    with monkeypatch.context() as patch:
+        interrupt(patch, {4}, crash)
+        with pytest.raises(MemoryError):
+            mlfs.fit(config, tmp_path / "crashed", console=QUIET)
+    mlfs.fit(config, tmp_path / "crashed", console=QUIET)
+    assert_same_run(tmp_path / "whole", tmp_path / "crashed")
+
+    # a finished run is left as it is, and opens to what fit returned
+    again = mlfs.fit(config, tmp_path / "whole", console=QUIET)
+    opened = mlfs.load_run(tmp_path / "whole", finished=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+    for other in (again, opened):
+        jax.tree.map(np.testing.assert_array_equal, other.merged.base, whole.merged.base)
+    assert opened.config == config
+
+
+def test_a_palette_learns_the_task(config, tmp_path):
+    config = dataclasses.replace(config, steps=(60, 20, 20), random_subnets=0, save_every=100)
+    fitted = mlfs.fit(config, tmp_path / "run", console=QUIET)
+    test = config.load_data(fitted.task)["test"]
+    for name in ("maxnet", "minnet"):
+        small = mlfs.slice_subnet(fitted.merged, fitted.space.named(name))
+        assert evaluate(small, test, "accuracy")["accuracy"] > 0.9, name
+    # each stage's pairs are its own; the base stays the pretrained one, in another order
+    assert len(fitted.stages) == 3 and fitted.lora["layers.q"]["a"].shape[-1] == 3 * config.rank
+    untouched = mlfs.from_pretrained(config.model, head="sequence", labels=2, key=config.seed)
+    values = [np.sort(m.base["layers"]["q"]["kernel"][...], axis=None) for m in (fitted.model, untouched)]
+    np.testing.assert_array_equal(*values)
+
+
+def test_one_stage_is_plain_lora_and_first_k_keeps_the_order(config, tmp_path):
+    fitted = mlfs.fit(dataclasses.replace(config, steps=(3,), reorder=False), tmp_path / "run", console=QUIET)
+    assert len(fitted.stages) == 1 and fitted.order is None
+    assert not (tmp_path / "run" / "order.json").exists()
+
+
+def test_a_folder_belongs_to_one_run(config, tmp_path):
+    mlfs.fit(dataclasses.replace(config, steps=(2,)), tmp_path / "run", console=QUIET)
+    with pytest.raises(RunError, match=r"learning_rate.*0\.01.*0\.5"):
+        mlfs.fit(dataclasses.replace(config, steps=(2,), learning_rate=0.5), tmp_path / "run", console=QUIET)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("do not touch")
+    with pytest.raises(RunError, match=r"thesis\.tex"):
+        mlfs.fit(config, tmp_path / "mine", console=QUIET)
+    with pytest.raises(RunError, match="no run folder"):
+        mlfs.load_run(tmp_path / "nowhere", finished=True)
+
+
+def test_mistakes_are_named_before_anything_is_written(config, tmp_path):
+    def fit(**changes):
+        return mlfs.fit(dataclasses.replace(config, **changes), tmp_path / "run", console=QUIET)
+
+    with pytest.raises(UnknownNameError, match="did you mean 'minilm-l6'"):
+        fit(model="minilm-16")
+    with pytest.raises(UnknownNameError, match="did you mean 'wiki-topic'"):
+        fit(task="wiki-topics")
+    with pytest.raises(ConfigError, match=r"steps = \(\)"):
+        fit(steps=())
+    with pytest.raises(ConfigError, match="save_every = 0"):
+        fit(save_every=0)
+    with pytest.raises(ConfigError, match="execution = 'quick'"):
+        fit(execution="quick")
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    with pytest.raises(DataError, match="empty"):
+        fit(task=str(empty))
+    assert not (tmp_path / "run").exists()
