@@ -49,6 +49,7 @@ demo: .venv/.core  ## fetch a model and data, fit a small palette, show, export 
 	$(call mlfs,info runs/demo)
 
 test: .venv/.test  ## the tests; ARGS="-m slow" for the slow ones, ARGS="-k name" for some
+	@$(BIN)/mlfs fetch minilm-l6 bert-tiny wiki movie || echo "no download: tests of real checkpoints are skipped"
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: .venv/.test  ## ruff

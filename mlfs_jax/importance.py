@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float, Int
 
-from mlfs_jax.backbone.tree import STACKED, flatten, map_named
+from mlfs_jax.backbone.tree import flatten, map_named
 from mlfs_jax.lora import Lora, lora_axes
 from mlfs_jax.model import Model
 
@@ -31,24 +31,34 @@ class Importance:
     layers: Float[np.ndarray, " L"]
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["embed", "heads", "mlp"], meta_fields=[])
+AXES = ("embed", "heads", "mlp", "layers")
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=AXES, meta_fields=[])
 @dataclass(frozen=True)
 class Order:
-    """A permutation of each elastic axis; ``order.mlp[l, i]`` is the old index of the new i-th neuron of layer l."""
+    """Every elastic axis, most important first; ``order.mlp[l, i]`` is the old index of the new i-th neuron of layer l.
+
+    Reordering moves channels, heads and neurons. Layers stay where they are: ``layers`` only ranks them, for
+    ``SubnetSpace.layer_order``.
+    """
 
     embed: Int[np.ndarray, " D"]
     heads: Int[np.ndarray, "L N"]
     mlp: Int[np.ndarray, "L F"]
+    layers: Int[np.ndarray, " L"]
 
     def inverse(self) -> Order:
-        return Order(*(np.argsort(axis, axis=-1) for axis in (self.embed, self.heads, self.mlp)))
+        """The order that undoes the move of this one."""
+        back = (np.argsort(axis, axis=-1) for axis in (self.embed, self.heads, self.mlp))
+        return Order(*back, layers=self.layers)
 
     def to_json(self) -> dict[str, list]:
-        return {axis: getattr(self, axis).tolist() for axis in ("embed", "heads", "mlp")}
+        return {axis: getattr(self, axis).tolist() for axis in AXES}
 
     @classmethod
     def from_json(cls, saved: Mapping[str, list]) -> Order:
-        return cls(*(np.asarray(saved[axis], np.int32) for axis in ("embed", "heads", "mlp")))
+        return cls(*(np.asarray(saved[axis], np.int32) for axis in AXES))
 
 
 def measure_importance(
@@ -64,16 +74,13 @@ def measure_importance(
     @jax.jit
     def scores(base, batch):
         grads = jax.grad(loss)(base, batch)
-        totals = {"embed": 0.0, "heads": 0.0, "mlp": 0.0, "layers": 0.0}
+        totals = dict.fromkeys(AXES, 0.0)
         grads = flatten(grads)
         for name, leaf in flatten(base).items():
             salience = jnp.abs(leaf[...] * grads[name][...])
-            for axis in set(leaf.axes) & totals.keys():
-                keep = {axis} if axis == "embed" else {STACKED, axis}
-                if not keep <= set(leaf.axes):
-                    continue
-                for position in [i for i, a in enumerate(leaf.axes) if a == axis]:
-                    held = {position} | ({0} if axis != "embed" else set())
+            for position, axis in enumerate(leaf.axes):
+                if axis in totals:  # scores are [axis] for embed and layers, [layers, axis] for heads and mlp
+                    held = {position} if axis == "embed" else {0, position}
                     totals[axis] += salience.sum([i for i in range(salience.ndim) if i not in held])
         return totals
 
@@ -87,7 +94,7 @@ def measure_importance(
 def importance_order(importance: Importance) -> Order:
     """Most important first along every axis; ties keep their place."""
     first = lambda scores: np.argsort(-scores, axis=-1, kind="stable").astype(np.int32)  # noqa: E731
-    return Order(first(importance.embed), first(importance.heads), first(importance.mlp))
+    return Order(*(first(getattr(importance, axis)) for axis in AXES))
 
 
 def _permute(x, axes: tuple[str, ...], order: Order):

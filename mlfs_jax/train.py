@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mlfs_jax.checkpoint import Checkpoints
+from mlfs_jax.config import EncoderConfig
 from mlfs_jax.data.batches import BUCKETS, Batches
 from mlfs_jax.data.encode import Encoded, load_task
 from mlfs_jax.data.tasks import Task, get_task
@@ -58,6 +59,7 @@ class FitConfig:
         embed: choices of the subnet space for channels, as shares of the supernet.
         width: the same, for heads and mlp.
         depth: the same, for layers.
+        keep_layers: "even" spacing, or by "importance", in a subnet of less depth.
         vary: "together", "independent" or "per-layer": how heads and mlp shrink.
         reorder: order heads, neurons and channels by importance after stage 0; else a subnet is the first k.
         importance_examples: training examples that the importance scores are measured on.
@@ -82,6 +84,7 @@ class FitConfig:
     embed: tuple[float, ...] = (1.0,)
     width: tuple[float, ...] = (1.0, 0.49, 0.22)
     depth: tuple[float, ...] = (1.0, 0.5)
+    keep_layers: str = "even"
     vary: str = "together"
     reorder: bool = True
     importance_examples: int = 512
@@ -99,6 +102,11 @@ class FitConfig:
             )
         if self.execution not in EXECUTIONS:
             raise ConfigError(f"execution = {self.execution!r}: expected one of {', '.join(EXECUTIONS)}.")
+        if self.keep_layers not in ("even", "importance") or (self.keep_layers == "importance" and not self.reorder):
+            raise ConfigError(
+                f"keep_layers = {self.keep_layers!r} with reorder = {self.reorder}: expected 'even', or 'importance' "
+                "together with reorder, which measures it."
+            )
         _ = self.stages  # their errors, now
 
     @property
@@ -106,8 +114,11 @@ class FitConfig:
         stages = paper_stages(self.steps, self.learning_rate, self.rank)
         return tuple(dataclasses.replace(stage, random_subnets=self.random_subnets) for stage in stages)
 
-    def space(self, config) -> SubnetSpace:
-        return SubnetSpace.from_ratios(config, embed=self.embed, width=self.width, depth=self.depth, vary=self.vary)
+    def space(self, config: EncoderConfig, order: Order | None = None) -> SubnetSpace:
+        """The subnets of the run; ``order`` ranks the layers, if they are kept by importance."""
+        ranked = None if order is None or self.keep_layers == "even" else tuple(map(int, order.layers))
+        ratios = {"embed": self.embed, "width": self.width, "depth": self.depth}
+        return SubnetSpace.from_ratios(config, **ratios, vary=self.vary, layer_order=ranked)
 
     def load_model(self, task: Task) -> Model:
         """The pretrained model with a head for the task; new weights come from the seed."""
@@ -140,7 +151,7 @@ class Fitted:
 
     @property
     def space(self) -> SubnetSpace:
-        return self.config.space(self.model.config)
+        return self.config.space(self.model.config, self.order)
 
     @property
     def merged(self) -> Model:

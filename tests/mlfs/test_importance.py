@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from tiny import FAMILIES, tiny_batch, tiny_lora, tiny_model
 
-from mlfs_jax.backbone.tree import flatten
+from mlfs_jax.backbone.tree import flatten, map_named
 from mlfs_jax.importance import Order, importance_order, measure_importance, reorder, reorder_lora
 from mlfs_jax.model import forward
 
@@ -50,8 +50,6 @@ def test_scores_are_the_sum_of_weight_times_gradient():
 def test_a_dead_unit_comes_last():
     model = tiny_model()
     kernel = flatten(model.base)["layers.down.kernel"][...]
-    from mlfs_jax.backbone.tree import map_named
-
     dead = map_named(
         lambda name, leaf: kernel.at[1, 4].set(0) if name == "layers.down.kernel" else leaf[...], model.base
     )
@@ -63,5 +61,5 @@ def test_a_dead_unit_comes_last():
 def test_order_through_json():
     order = importance_order(measured(tiny_model(), [tiny_batch(tiny_model().config)])[0])
     back = Order.from_json(order.to_json())
-    for axis in ("embed", "heads", "mlp"):
+    for axis in ("embed", "heads", "mlp", "layers"):
         np.testing.assert_array_equal(getattr(back, axis), getattr(order, axis))

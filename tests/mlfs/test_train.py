@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from rich.console import Console
+from tiny import tiny_model
 
 import mlfs_jax as mlfs
 from mlfs_jax.errors import ConfigError, DataError, RunError, UnknownNameError
@@ -94,8 +95,19 @@ def test_stopped_after_any_step_the_run_continues_bit_by_bit(config, tmp_path, m
     assert opened.config == config
 
 
-def test_a_palette_learns_the_task(config, tmp_path):
-    config = dataclasses.replace(config, steps=(60, 20, 20), random_subnets=0, save_every=100)
+def test_a_palette_learns_the_task(config, tiny_hf, tmp_path):
+    words = mlfs.from_pretrained(tiny_hf).config.vocab_size
+    lively = tiny_model(head="none", labels=0, layers=2, vocab_size=words)  # a fresh BERT's 0.02 would be too faint
+    mlfs.export_hf(lively, tmp_path / "model", tokenizer_from=tiny_hf)
+    config = dataclasses.replace(
+        config,
+        model=str(tmp_path / "model"),
+        steps=(120, 30, 30),
+        rank=4,
+        batch_size=16,
+        random_subnets=0,
+        save_every=1000,
+    )
     fitted = mlfs.fit(config, tmp_path / "run", console=QUIET)
     test = config.load_data(fitted.task)["test"]
     for name in ("maxnet", "minnet"):

@@ -1,0 +1,103 @@
+"""The forward pass as a pure function: its options change how it runs, never what it computes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import FAMILIES, tiny_batch, tiny_config, tiny_lora, tiny_model
+
+import mlfs_jax as mlfs
+from mlfs_jax.backbone.layers import gelu
+from mlfs_jax.backbone.tree import flatten
+from mlfs_jax.errors import CheckpointError, ConfigError
+from mlfs_jax.model import abstract, build, forward, init_weights
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_remat_and_unroll_change_nothing(family):
+    model = tiny_model(family)
+    batch, lora = tiny_batch(model.config), tiny_lora(model)
+
+    def loss(lora, **how):
+        return (forward(model.graphdef, model.base, batch, lora=lora, **how).logits ** 2).sum()
+
+    expected = jax.value_and_grad(loss)(lora)
+    for how in ({"remat": True}, {"unroll": True}):
+        found = jax.value_and_grad(loss)(lora, **how)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), expected, found)
+
+
+def test_outputs_have_the_documented_shapes():
+    model = tiny_model(head="token", labels=5)
+    out = forward(model.graphdef, model.base, tiny_batch(model.config), taps=True)
+    assert (out.logits.shape, out.hidden.shape, out.taps.shape) == ((3, 8, 5), (3, 8, 24), (3, 3, 8, 24))
+    np.testing.assert_array_equal(out.taps[-1], out.hidden)
+    bare = tiny_model(head="none", labels=0)
+    out = forward(bare.graphdef, bare.base, tiny_batch(bare.config))
+    assert out.logits is None and out.taps is None
+
+
+def test_padding_does_not_leak_into_real_tokens():
+    model = tiny_model()
+    batch = tiny_batch(model.config)
+    garbage = batch | {"input_ids": jnp.where(batch["attention_mask"] == 1, batch["input_ids"], 7)}
+    ours, theirs = (forward(model.graphdef, model.base, b).logits for b in (batch, garbage))
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_gelu_and_its_gradient_are_exact():
+    x = jnp.linspace(-6, 6, 101)
+    exact = lambda x: jax.nn.gelu(x, approximate=False)  # noqa: E731
+    np.testing.assert_allclose(gelu(x), exact(x), atol=1e-6)
+    np.testing.assert_allclose(jax.vmap(jax.grad(gelu))(x), jax.vmap(jax.grad(exact))(x), atol=1e-6)
+
+
+def test_new_weights_come_from_the_key_and_only_the_asked_for_are_made():
+    config, names = tiny_config(), ("head.out.kernel", "head.out.bias")
+    some, same = (init_weights(config, jax.random.key(1), names) for _ in range(2))
+    other = init_weights(config, jax.random.key(2), names)
+    assert set(some) == set(names)
+    np.testing.assert_array_equal(some["head.out.kernel"], same["head.out.kernel"])
+    assert abs(some["head.out.kernel"] - other["head.out.kernel"]).max() > 1e-3
+
+
+def test_every_weight_names_its_axes():
+    for family in FAMILIES:
+        for name, leaf in flatten(abstract(tiny_config(family))[1]).items():
+            assert len(leaf.axes) == len(leaf.shape), name
+            assert (leaf.axes[0] == "layers") == name.startswith("layers."), name
+
+
+def test_build_is_strict():
+    config = tiny_config()
+    weights = {name: jnp.zeros(leaf.shape) for name, leaf in flatten(abstract(config)[1]).items()}
+    assert build(config, weights).num_params == sum(w.size for w in weights.values())
+    with pytest.raises(CheckpointError, match=r"missing .*head\.out\.bias"):
+        build(config, {k: v for k, v in weights.items() if k != "head.out.bias"})
+    with pytest.raises(CheckpointError, match=r"unknown .*head\.extra"):
+        build(config, weights | {"head.extra": jnp.zeros(1)})
+    with pytest.raises(CheckpointError, match=r"head\.out\.bias has shape \(4,\); this config expects \(3,\)"):
+        build(config, weights | {"head.out.bias": jnp.zeros(4)})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"heads": 0}, "heads = 0"),
+        ({"embed": 2.5}, r"embed = 2\.5"),
+        ({"head": "classifier"}, "head = 'classifier': expected one of none, sequence, token, mlm"),
+        ({"labels": 0}, "labels = 0"),
+        ({"problem": "ranking"}, "problem = 'ranking'"),
+        ({"pooler": True}, "only head 'none'"),
+    ],
+)
+def test_configs_refuse_what_cannot_be_built(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        tiny_config(**changes)
+
+
+def test_public_names_are_there():
+    for name in mlfs.__all__:
+        assert getattr(mlfs, name) is not None
+    with pytest.raises(AttributeError, match="no_such"):
+        _ = mlfs.no_such

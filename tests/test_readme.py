@@ -1,0 +1,34 @@
+"""The Python of the README runs as it stands there."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from mlfs_jax.registry import cache_dir, get_entry, is_whole
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_python_blocks_run(tmp_path, monkeypatch):
+    entry = get_entry("minilm-l6")
+    if not is_whole(cache_dir() / f"{entry.name}-{entry.sha256[:12]}", entry):
+        pytest.skip("minilm-l6 is not in the cache: mlfs fetch minilm-l6")
+    assert BLOCKS
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for block in BLOCKS:
+        exec(compile(block, "README.md", "exec"), names)
+    assert names["out"].hidden.shape == (1, 3, 384)
+    assert names["small"].num_params <= names["model"].num_params
+    assert os.path.exists("exported/small/model.safetensors")
+
+
+def test_commands_exist():
+    """The README shows every command, and no other."""
+    from mlfs_jax.cli import COMMANDS
+
+    lines = re.findall(r"^mlfs (\S+)", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(lines) == set(COMMANDS)
