@@ -40,8 +40,8 @@ TASKS = ("wiki-topic", "movie")
 PRESETS = {
     # buckets: few, because each is one more compile of every step
     "cpu": {
-        "wiki-topic": {"steps": (250, 110, 110), "max_length": 64, "buckets": (48, 64), "random_subnets": 1},
-        "movie": {"steps": (260, 110, 110), "max_length": 64, "buckets": (24, 32, 48, 64), "random_subnets": 1},
+        "wiki-topic": {"steps": (200, 120, 100), "max_length": 48, "buckets": (48,), "random_subnets": 1},
+        "movie": {"steps": (500, 500, 400), "max_length": 64, "buckets": (24, 32, 48, 64), "random_subnets": 1},
     },
     "h200": {task: {"steps": (450, 900, 900), "batch_size": 64, "random_subnets": 2} for task in TASKS},
 }

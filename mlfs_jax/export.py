@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from mlfs_jax.hf.peft import PeftReport, export_peft
 from mlfs_jax.importance import reorder, reorder_lora
 from mlfs_jax.palette import Palette, short
 from mlfs_jax.registry import ENTRIES, sha256_of
+from mlfs_jax.run import write_json
 from mlfs_jax.slicing import slice_subnet
 from mlfs_jax.subnet import Subnet
 from mlfs_jax.train import Fitted
@@ -51,10 +51,7 @@ class Origin:
     files: dict[str, str]
 
     def write(self, directory: Path) -> None:
-        saved = {"format": FORMAT, **dataclasses.asdict(self)}
-        fresh = directory / f".{FILE}.{os.getpid()}"
-        fresh.write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
-        fresh.replace(directory / FILE)
+        write_json(directory / FILE, {"format": FORMAT, **dataclasses.asdict(self)})
 
     @classmethod
     def read(cls, directory: str | Path) -> Origin:

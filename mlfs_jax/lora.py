@@ -18,12 +18,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy as safetensors
 from flax import nnx
 from jaxtyping import Array
 
 from mlfs_jax.backbone.tree import STACKED, flatten, map_named
 from mlfs_jax.errors import ConfigError, unknown
 from mlfs_jax.model import Model
+from mlfs_jax.run import write_atomic
 
 Lora = dict[str, dict[str, Array]]
 
@@ -111,20 +113,14 @@ def stack_stages(stages: Sequence[Lora]) -> Lora:
 
 def save_lora(file: str | Path, lora: Mapping) -> None:
     """Write an adapter to one safetensors file, atomically; names are ``site/leaf``."""
-    from safetensors.numpy import save_file
-
     flat = {f"{site}/{leaf}": np.asarray(value) for site, entry in lora.items() for leaf, value in entry.items()}
-    fresh = Path(file).with_suffix(".tmp")
-    save_file(flat, fresh)
-    fresh.replace(file)
+    write_atomic(Path(file), safetensors.save(flat))
 
 
 def load_lora(file: str | Path) -> Lora:
     """Read what :func:`save_lora` wrote."""
-    from safetensors.numpy import load_file
-
     lora: Lora = {}
-    for name, value in load_file(file).items():
+    for name, value in safetensors.load_file(file).items():
         site, leaf = name.split("/")
         lora.setdefault(site, {})[leaf] = jnp.asarray(value)
     return lora

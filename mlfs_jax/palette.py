@@ -24,6 +24,7 @@ from mlfs_jax.data.encode import Encoded
 from mlfs_jax.errors import ConfigError, RunError, unknown
 from mlfs_jax.evaluate import evaluate
 from mlfs_jax.model import Model, forward
+from mlfs_jax.run import write_json
 from mlfs_jax.slicing import slice_subnet
 from mlfs_jax.subnet import Subnet, num_params
 from mlfs_jax.train import Fitted
@@ -99,9 +100,7 @@ class Palette:
     def save(self, run: str | Path) -> Path:
         """Write ``palette.json`` into a run folder, in one rename."""
         file = Path(run) / FILE
-        fresh = file.with_name(f".{FILE}.{os.getpid()}")
-        fresh.write_text(json.dumps(self.to_json(), indent=2) + "\n", encoding="utf-8")
-        fresh.replace(file)
+        write_json(file, self.to_json())
         return file
 
     @classmethod

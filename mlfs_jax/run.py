@@ -79,7 +79,7 @@ class Run:
                 version = getattr(sys.modules.get("mlfs_jax"), "__version__", "unknown")
                 created = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
                 info = {"format": FORMAT, "version": version, "created": created, "config": config}
-                _write_json(path / _RUN, info)
+                write_json(path / _RUN, info)
         except BaseException:
             os.close(lock)
             raise
@@ -141,7 +141,7 @@ class Run:
         self._close_log()
         if (self.path / _METRICS).exists():
             kept = [raw for row, raw in self._lines() if row["step"] <= step]
-            _write_atomic(self.path / _METRICS, b"".join(kept))
+            write_atomic(self.path / _METRICS, b"".join(kept))
 
     def write_json(self, name: str, value: Any) -> Path:
         """Writes `<run>/<name>.json` all at once: a reader never sees half of it."""
@@ -149,7 +149,7 @@ class Run:
         path = self._json_path(name)
         if path.name == _RUN:
             raise RunError(f"{_RUN} is the run's own file: choose another name")
-        _write_json(path, _as_json(value))
+        write_json(path, _as_json(value))
         return path
 
     def read_json(self, name: str) -> Any:
@@ -345,11 +345,13 @@ def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _write_json(path: Path, value: Any) -> None:
-    _write_atomic(path, (json.dumps(value, indent=2) + "\n").encode())
+def write_json(path: Path, value: Any) -> None:
+    """A value as indented JSON, see :func:`write_atomic`."""
+    write_atomic(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def _write_atomic(path: Path, content: bytes) -> None:
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a file in one rename: it holds all of ``content`` or what it held before. RunError when it cannot be."""
     tmp = path.with_name(f"{path.name}{_TMP}{os.getpid()}")
     try:
         with tmp.open("wb") as f:

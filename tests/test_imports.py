@@ -27,7 +27,6 @@ FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
 
 # Slow to import or not installed with the package: only inside the functions that need them.
 HEAVY = {"torch", "peft", "transformers", "tensorflow", "tensorflow_datasets", "matplotlib", "sklearn"}
-HEAVY.add("tensorboardX")  # light itself, but takes torch with it where there is one
 
 
 def modules() -> list[Path]:
