@@ -48,7 +48,7 @@ demo: .venv/.core  ## fetch a model and data, fit a small palette, show, export 
 	$(call mlfs,verify exported/quarter --against runs/demo)
 	$(call mlfs,info runs/demo)
 
-test: .venv/.test  ## the tests; ARGS="-m slow" for the slow ones, ARGS="-k name" for some
+test: .venv/.test  ## the tests; ARGS="-k name" for some
 	@$(BIN)/mlfs fetch minilm-l6 bert-tiny wiki movie || echo "no download: tests of real checkpoints are skipped"
 	$(BIN)/python -m pytest $(ARGS)
 

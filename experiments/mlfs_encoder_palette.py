@@ -23,7 +23,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import optax
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -77,14 +76,13 @@ def truncated_baseline(fitted: mlfs.Fitted, data: dict) -> dict:
     config, stages = fitted.config, fitted.config.stages
     model = mlfs.slice_subnet(config.load_model(fitted.task), fitted.space.named("quarter"))
     steps, rank = sum(stage.steps for stage in stages), sum(stage.rank for stage in stages)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, steps * 6 // 100, steps)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+    stage = mlfs.Stage("baseline", "maxnet", steps, config.learning_rate, rank)
     distill, on_cpu = dataclasses.replace(config.distill, beta=0.0), jax.default_backend() == "cpu"
-    supernet = Supernet(model.config, distill, optimizer, unroll=on_cpu)
-    lora = mlfs.init_lora(jax.random.key(config.seed), model, rank=rank, full=("head",))
+    supernet = Supernet(model.config, distill, stage.optimizer(), unroll=on_cpu)
+    lora = mlfs.init_lora(jax.random.key(config.seed), model, rank=stage.rank, full=("head",))
     state = jax.device_put(supernet.init({"lora": lora}), jax.devices()[0])
     batches = Batches(data["train"], config.batch_size, seed=config.seed, buckets=config.buckets)
-    for step in range(steps):
+    for step in range(stage.steps):
         state, _ = supernet.step(state, model.base, batches[step], (), 0.0)
     tuned = model.replace(base=mlfs.merge_lora(model.base, state.params["lora"]))
     return {split: evaluate(tuned, data[split], fitted.task.metric) for split in ("validation", "test")}
@@ -128,16 +126,18 @@ def report(preset: str, console: Console) -> None:
         for name, row in runs[0]["palette"].items():
             accuracy = np.array([r["palette"][name]["test"]["accuracy"] for r in runs])
             kept = accuracy / maxnet
-            score, of_maxnet = (f"{x.mean():.4f} ± {x.std():.4f}" for x in (accuracy, kept))
+            score, of_maxnet = (f"{x.mean():.4f} ± {x.std(ddof=1):.4f}" for x in (accuracy, kept))
             table.add_row(f"{name} ({row['subnet']})", f"{row['share']:.3f}", score, of_maxnet)
-            shares, means, spreads = [*shares, row["share"]], [*means, accuracy.mean()], [*spreads, accuracy.std()]
+            shares, means = [*shares, row["share"]], [*means, accuracy.mean()]
+            spreads = [*spreads, accuracy.std(ddof=1)]
         baseline = np.array([r["baseline"]["test"]["accuracy"] for r in runs])
         quarter = runs[0]["palette"]["quarter"]["share"]
-        score, of_maxnet = (f"{x.mean():.4f} ± {x.std():.4f}" for x in (baseline, baseline / maxnet))
+        score, of_maxnet = (f"{x.mean():.4f} ± {x.std(ddof=1):.4f}" for x in (baseline, baseline / maxnet))
         table.add_row("baseline: truncated quarter, LoRA", f"{quarter:.3f}", score, of_maxnet)
         console.print(table)
         panel.errorbar(shares, means, spreads, marker="o", capsize=3, label="MLFS palette")
-        panel.errorbar([quarter], baseline.mean(), baseline.std(), marker="s", capsize=3, label="truncated + LoRA")
+        spread = baseline.std(ddof=1)
+        panel.errorbar([quarter], baseline.mean(), spread, marker="s", capsize=3, label="truncated + LoRA")
         panel.set(title=task, xlabel="share of the maxnet's non-embedding parameters", ylabel="test accuracy")
         panel.legend(loc="lower right")
     figure.tight_layout()
@@ -150,15 +150,18 @@ def main(options: Options) -> None:
     for seed in options.seeds if not options.report else ():
         for task in options.tasks:
             key = f"{options.preset}/{task}/{seed}"
-            if key in load_results():
+            config = config_for(task, seed, options.preset)
+            done = load_results().get(key)
+            if done and done["config"] == json.loads(json.dumps(dataclasses.asdict(config))):
                 continue
             console.print(f"[bold]{key}")
-            start, config = time.time(), config_for(task, seed, options.preset)
+            start = time.time()
             fitted = mlfs.fit(config, options.runs / key, console=console)
             if fitted is None:
                 return
             data = config.load_data(fitted.task)
             result = {"preset": options.preset, "task": task, "seed": seed, "device": jax.devices()[0].device_kind}
+            result["config"] = json.loads(json.dumps(dataclasses.asdict(config)))
             result |= {"palette": palette(fitted, data), "baseline": truncated_baseline(fitted, data)}
             save_result(key, result | {"seconds": round(time.time() - start)})
     report(options.preset, console)

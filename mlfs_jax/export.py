@@ -168,7 +168,8 @@ def _card(fitted: Fitted, name: str, subnet: Subnet, palette: Palette | None) ->
         top = palette.rows[0]
         lines += [
             f"On {palette.examples:,} examples of the {palette.split} split; FLOPs and latency at {palette.length} "
-            f"tokens, on {palette.device}.",
+            f"tokens, on {palette.device}. Sizes, FLOPs and latency are of the subnet itself"
+            + (", before the padding above." if row.params_exported != row.params else "."),
             "",
             f"| | {name} | maxnet |",
             "|---|---|---|",

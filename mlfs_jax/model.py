@@ -15,7 +15,7 @@ from jaxtyping import Array
 from mlfs_jax.backbone.encoder import Encoder
 from mlfs_jax.backbone.tree import Mask, Output, flatten, map_named
 from mlfs_jax.config import EncoderConfig
-from mlfs_jax.errors import CheckpointError
+from mlfs_jax.errors import CheckpointError, ConfigError
 
 
 @dataclass(frozen=True)
@@ -112,12 +112,18 @@ def forward(
         taps: also return every layer's output.
         remat: recompute each layer in the backward pass instead of keeping its activations.
         unroll: unroll the scan over layers (``cost_analysis()`` counts the body of a scan once).
+
+    Raises:
+        ConfigError: the adapter names a weight that the model does not have.
     """
     pairs, deltas = {}, {}
     for site, entry in (lora or {}).items():
         if "a" in entry:
             pairs[site] = entry
         deltas |= {f"{site}.{leaf}": value for leaf, value in entry.items() if leaf not in ("a", "b")}
+    missing = {*deltas, *(f"{site}.kernel" for site in pairs)} - flatten(base).keys()
+    if missing:
+        raise ConfigError(f"the adapter is not of this model, which has no {', '.join(sorted(missing))}.")
     if deltas:
         base = map_named(lambda name, leaf: leaf[...] + deltas[name] if name in deltas else leaf[...], base)
     batch = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}

@@ -1,7 +1,8 @@
 """The palette of a run, measured: what each subnet costs, and how good it is.
 
-Everything is measured on the *sliced* model, which is what is shipped: FLOPs as the compiler counts them, wall time on
-this machine, the task's metric on the test split (validation, where the test labels are not public).
+Everything is measured on the *sliced* model: FLOPs as the compiler counts them, wall time on this machine, the task's
+metric on the test split (validation, where the test labels are not public). A Hugging Face checkpoint of it may have to
+be padded (see :mod:`mlfs_jax.hf.reshape`); ``params_exported`` is what is then in the file.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ import jax
 import numpy as np
 from rich.table import Table
 
+from mlfs_jax.config import EncoderConfig
 from mlfs_jax.data.encode import Encoded
 from mlfs_jax.errors import ConfigError, RunError, unknown
 from mlfs_jax.evaluate import evaluate
+from mlfs_jax.hf.reshape import nearest_shape
 from mlfs_jax.model import Model, forward
 from mlfs_jax.run import write_json
 from mlfs_jax.slicing import slice_subnet
@@ -42,6 +45,7 @@ class PaletteRow:
     Attributes:
         params: all its parameters, the embedding tables and the head too.
         params_body: its parameters without the embedding tables.
+        params_exported: all parameters of its Hugging Face checkpoint, padding included.
         flops: of one sequence of the palette's length (2 per multiply-add), counted by the compiler.
         latency_ms: batch size -> milliseconds of one forward pass; the median over rounds.
         latency_ratio: batch size -> its time as a share of the maxnet's in the same round; the median over rounds.
@@ -53,6 +57,7 @@ class PaletteRow:
     subnet: Subnet
     params: int
     params_body: int
+    params_exported: int
     flops: int
     latency_ms: Mapping[int, float]
     latency_ratio: Mapping[int, float]
@@ -124,18 +129,20 @@ class Palette:
             f"{short(self.model)} on {short(self.task)}. score: {self.metric} on {self.examples:,} {self.split} "
             "examples"
             + (f" (always the commonest class: {self.baseline:.3f})" if self.baseline else "")
-            + f". body: parameters without the embedding tables. GFLOP and milliseconds of one forward pass of the "
-            f"sliced model at {self.length} tokens, on {self.device}; in brackets: share of the maxnet's time."
+            + ". body: parameters without the embedding tables; as HF: of its checkpoint, padding included. GFLOP and "
+            f"milliseconds of one forward pass of the sliced model at {self.length} tokens, on {self.device}; in "
+            "brackets: share of the maxnet's time."
         )
         table = Table(caption=caption, caption_justify="left", box=None, padding=(0, 1, 0, 0), header_style="bold")
         table.add_column("subnet", no_wrap=True)
         table.add_column("layers×heads\n·mlp·embed", no_wrap=True)
         times = (f"batch {size}\n[ms]" for size in self.rows[0].latency_ms)
-        for column in ("params\n[M]", "body\n[M]", "GFLOP", *times, "score", "loss"):
+        for column in ("params\n[M]", "body\n[M]", "as HF\n[M]", "GFLOP", *times, "score", "loss"):
             table.add_column(column.replace("[", "\\["), justify="right", no_wrap=True)
         for row in self.rows:
             times = (f"{row.latency_ms[b]:.3g} ({row.latency_ratio[b]:.2f})" for b in row.latency_ms)
-            sizes = f"{row.params / 1e6:.2f}", f"{row.params_body / 1e6:.2f}", f"{row.flops / 1e9:.3f}"
+            millions = (f"{n / 1e6:.2f}" for n in (row.params, row.params_body, row.params_exported))
+            sizes = (*millions, f"{row.flops / 1e9:.3f}")
             table.add_row(row.name, shape(row.subnet), *sizes, *times, f"{row.score:.3f}", f"{row.loss:.3f}")
         return table
 
@@ -270,6 +277,7 @@ def measure(
                 subnet=subnet,
                 params=num_params(config, subnet, embeddings=True),
                 params_body=num_params(config, subnet),
+                params_exported=_exported(model.config),
                 flops=flops[name],
                 latency_ms={b: 1e3 * statistics.median(times[b][name]) for b in batch_sizes},
                 latency_ratio={b: statistics.median(ratios[b]) for b in batch_sizes},
@@ -288,6 +296,12 @@ def measure(
         device=device_name(),
         rows=tuple(rows),
     )
+
+
+def _exported(config: EncoderConfig) -> int:
+    shape = nearest_shape(config)
+    padded = config.replace(embed=shape.embed, heads=shape.heads, head_dim=shape.head_dim)
+    return num_params(padded, embeddings=True)
 
 
 def _compile(model: Model, size: int, length: int) -> tuple[Callable[[], object], float]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import jax
+import optax
 from jaxtyping import Array
 
 from mlfs_jax.errors import ConfigError
 from mlfs_jax.subnet import Subnet, SubnetSpace
 
 SAMPLES = ("maxnet", "width", "width-depth")
+TRIES = 20
+"""Draws for each random subnet of a step before it is given up as too like the others."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class Stage:
     Attributes:
         sample: "maxnet" (no subnets), "width" (full depth) or "width-depth".
         steps: optimizer steps.
-        learning_rate: peak; linear warm-up over 6 % of the steps, then cosine to 0.
+        learning_rate: the peak, see :meth:`optimizer`.
         rank: R of this stage's pairs.
         random_subnets: n of the sandwich rule: maxnet, minnet and n random ones in every step.
     """
@@ -43,11 +46,28 @@ class Stage:
             )
 
     def subnets(self, space: SubnetSpace, key: Array) -> tuple[Subnet, ...]:
-        """What a step trains besides the maxnet: the minnet and n random subnets (sandwich rule)."""
+        """What a step trains besides the maxnet: the minnet and n random subnets (sandwich rule), all different.
+
+        In a space too small for that, fewer.
+        """
         if self.sample == "maxnet":
             return ()
         space = space.at_full_depth() if self.sample == "width" else space
-        return (space.minnet, *(space.sample(jax.random.fold_in(key, i)) for i in range(self.random_subnets)))
+        chosen = [space.minnet]
+        for i in range(TRIES * self.random_subnets):
+            if len(chosen) > self.random_subnets:
+                break
+            subnet = space.sample(jax.random.fold_in(key, i))
+            if subnet not in (*chosen, space.maxnet):
+                chosen.append(subnet)
+        return tuple(chosen)
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """Adam on gradients clipped to norm 1; linear warm-up over 6 % of the steps, then cosine to 0."""
+        warmup = max(1, self.steps * 6 // 100)
+        peak = self.learning_rate
+        schedule = optax.warmup_cosine_decay_schedule(peak / (warmup + 1), peak, warmup, max(warmup + 1, self.steps))
+        return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 
 
 def paper_stages(steps: tuple[int, ...], learning_rate: float = 1e-3, rank: int = 8) -> tuple[Stage, ...]:

@@ -87,19 +87,21 @@ def maxnet(config: EncoderConfig) -> Subnet:
     return Subnet(config.embed, (config.heads,) * L, (config.mlp,) * L, tuple(range(L)))
 
 
+def kept_size(axes: tuple[str, ...], shape: tuple[int, ...], subnet: Subnet) -> int:
+    """How many numbers of an array with these named axes a subnet keeps."""
+    sizes = [(axis, size) for axis, size in zip(axes, shape, strict=True) if axis != STACKED]
+    stacked = axes[0] == STACKED
+    widths = zip(subnet.heads, subnet.mlp, strict=True) if stacked else [(0, 0)]  # only layers have heads and mlp
+    kept = ({"embed": subnet.embed, "heads": heads, "mlp": mlp} for heads, mlp in widths)
+    return sum(math.prod(width.get(axis, size) for axis, size in sizes) for width in kept)
+
+
 def num_params(config: EncoderConfig, subnet: Subnet | None = None, *, embeddings: bool = False) -> int:
     """Parameters of a subnet (default: of the maxnet), from the named axes; with or without the embedding tables."""
     subnet = subnet or maxnet(config)
-    total = 0
-    for name, leaf in flatten(abstract(config)[1]).items():
-        if name.startswith("embed.") and not embeddings:
-            continue
-        sizes = [(axis, size) for axis, size in zip(leaf.axes, leaf.shape, strict=True) if axis != STACKED]
-        widths = zip(subnet.heads, subnet.mlp, strict=True) if leaf.axes[0] == STACKED else [(0, 0)]
-        for heads, mlp in widths:
-            kept = {"embed": subnet.embed, "heads": heads, "mlp": mlp}
-            total += math.prod(kept.get(axis, size) for axis, size in sizes)
-    return total
+    weights = flatten(abstract(config)[1]).items()
+    counted = (leaf for name, leaf in weights if embeddings or not name.startswith("embed."))
+    return sum(kept_size(leaf.axes, leaf.shape, subnet) for leaf in counted)
 
 
 def num_flops(config: EncoderConfig, subnet: Subnet | None = None, *, length: int = 128) -> int:
@@ -142,7 +144,8 @@ class SubnetSpace:
                     f"heads = {choices['heads']} and mlp = {choices['mlp']} vary together but are not of one length: "
                     "give as many choices for one as for the other, or vary='independent'."
                 )
-            pairs = sorted(set(zip(choices["heads"], choices["mlp"], strict=True)), reverse=True)
+            largest_first = (sorted(choices[axis], reverse=True) for axis in ("heads", "mlp"))
+            pairs = sorted(set(zip(*largest_first, strict=True)), reverse=True)
             choices["heads"], choices["mlp"] = zip(*pairs, strict=True)
         else:
             choices |= {axis: tuple(sorted(set(choices[axis]), reverse=True)) for axis in ("heads", "mlp")}
@@ -163,7 +166,7 @@ class SubnetSpace:
         return {"embed": c.embed, "heads": c.heads, "mlp": c.mlp, "depth": c.layers}
 
     @classmethod
-    def from_ratios(cls, config: EncoderConfig, *, embed=(1.0,), width=(1.0, 0.49, 0.22), depth=(1.0, 0.5), **kw):
+    def from_ratios(cls, config: EncoderConfig, *, embed=(1.0,), width=(1.0, 0.48, 0.22), depth=(1.0, 0.5), **kw):
         """Choices as shares of the supernet; ``width`` is for heads and mlp.
 
         Sizes round to whole units, at least 1; those above 128 to a multiple of 16, which matrix units like.
@@ -173,8 +176,8 @@ class SubnetSpace:
             for ratio in ratios:
                 if not 0 < ratio <= 1:
                     raise SubnetError(f"{axis} ratio {ratio}: expected a share of the supernet in (0, 1].")
-            exact = (top * ratio for ratio in ratios)
-            return tuple(top if x == top else round(x / 16) * 16 if x > 128 else max(1, round(x)) for x in exact)
+            exact = (top * ratio for ratio in ratios if ratio < 1)
+            return (top, *(min(top, round(x / 16) * 16) if x > 128 else max(1, round(x)) for x in exact))
 
         return cls(
             config,
@@ -257,24 +260,22 @@ class SubnetSpace:
         Among equals (within 2 % of the maxnet), the one that keeps more depth, then more channels.
 
         Raises:
-            SubnetError: even the minnet is larger.
+            SubnetError: no subnet has between 3/4 of that share and all of it.
         """
         whole = num_params(self.config)
-        fitting = [(num_params(self.config, s), s) for s in self.subnets()]
-        fitting = [(size, s) for size, s in fitting if size <= share * whole]
+        sizes = [(num_params(self.config, subnet) / whole, subnet) for subnet in self.subnets()]
+        fitting = [(size, subnet) for size, subnet in sizes if 0.75 * share <= size <= share]
         if not fitting:
-            least = num_params(self.config, self.minnet) / whole
-            raise SubnetError(f"no subnet at {share:.3f} of the maxnet: the minnet is {least:.3f} of it.")
+            raise SubnetError(
+                f"no subnet has {0.75 * share:.3f} to {share:.3f} of the maxnet's parameters; this space has "
+                f"{', '.join(f'{size:.3f}' for size in sorted({size for size, _ in sizes}))}."
+            )
         largest = max(size for size, _ in fitting)
-        near = [(s.depth, s.embed, size, s) for size, s in fitting if size >= largest - 0.02 * whole]
+        near = [(subnet.depth, subnet.embed, size, subnet) for size, subnet in fitting if size >= largest - 0.02]
         return max(near, key=lambda row: row[:3])[-1]
 
     def names(self) -> dict[str, Subnet]:
-        """The named palette, largest first: maxnet, the fractions that exist in this space, minnet.
-
-        A subnet that several names fit (nothing in this space lies between a third and a quarter, say) stands under
-        the smallest.
-        """
+        """The named palette, largest first: maxnet, the fractions that exist in this space, minnet."""
         named = {"minnet": self.minnet, "maxnet": self.maxnet}
         for name, share in sorted(FRACTIONS.items(), key=lambda item: item[1]):
             try:

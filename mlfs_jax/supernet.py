@@ -20,9 +20,10 @@ from mlfs_jax.backbone.tree import Mask, Output
 from mlfs_jax.config import EncoderConfig
 from mlfs_jax.distill import DistillConfig, feature_loss, logit_loss, task_loss
 from mlfs_jax.errors import ConfigError
+from mlfs_jax.lora import lora_axes
 from mlfs_jax.model import abstract, forward
 from mlfs_jax.slicing import slice_base, slice_config, slice_lora, slice_mask
-from mlfs_jax.subnet import Subnet, make_mask
+from mlfs_jax.subnet import Subnet, kept_size, make_mask, maxnet
 
 Params = dict
 EXECUTIONS = ("sliced", "masked")
@@ -146,7 +147,8 @@ class Supernet:
         self, state: TrainState, base: nnx.State, batch: Mapping, subnets: tuple[Subnet, ...], gamma: float
     ) -> tuple[TrainState, Float[Array, " J"]]:
         """Train the maxnet and ``subnets`` on a batch. ``state`` is donated. Returns the losses, the maxnet's first."""
-        sizes = [trainable_params(self.config, s, _shapes(state.params["lora"])) for s in (None, *subnets)]
+        shapes = _shapes(state.params["lora"])
+        sizes = [trainable_params(self.config, s, shapes) for s in (maxnet(self.config), *subnets)]
         weights = jnp.asarray(gradient_weights(sizes, gamma), jnp.float32)
         masks = [_mask(self.config, subnet) for subnet in subnets]
         if self.execution == "masked" and masks:
@@ -178,12 +180,10 @@ def _shapes(lora: Mapping) -> tuple:
 
 
 @lru_cache(maxsize=4096)
-def trainable_params(config: EncoderConfig, subnet: Subnet | None, lora_shapes: tuple) -> int:
-    """Adapter parameters active in a subnet (None: the maxnet)."""
+def trainable_params(config: EncoderConfig, subnet: Subnet, lora_shapes: tuple) -> int:
+    """Adapter parameters active in a subnet."""
     lora: dict = {}
     for site, leaf, shape in lora_shapes:
-        lora.setdefault(site, {})[leaf] = jax.ShapeDtypeStruct(shape, jnp.float32)
-    if subnet is not None:
-        base = abstract(config)[1]
-        lora = jax.eval_shape(lambda base, lora: slice_lora(base, lora, subnet), base, lora)
-    return sum(leaf.size for leaf in jax.tree.leaves(lora))
+        lora.setdefault(site, {})[leaf] = shape
+    axes = lora_axes(abstract(config)[1], lora)
+    return sum(kept_size(axes[site][leaf], shape, subnet) for site, leaf, shape in lora_shapes)

@@ -1,29 +1,32 @@
 """``fit``: from a pretrained model and a task to a run folder that holds a palette.
 
 A run folder holds run.json (the config), metrics.jsonl (the loss curve), checkpoints/ (of the stage under way),
-order.json (the importance order of the axes), and adapters/stageN.safetensors for every finished stage. The base is not
-copied: a run is a few megabytes beside its pretrained model.
+head.safetensors (what a new head started from), order.json (the importance order of the axes), and
+adapters/stageN.safetensors for every finished stage. The base is not copied: a run is a few megabytes beside its
+pretrained model.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mlfs_jax.backbone.tree import flatten, map_named
 from mlfs_jax.checkpoint import Checkpoints
 from mlfs_jax.config import EncoderConfig
 from mlfs_jax.data.batches import BUCKETS, Batches
 from mlfs_jax.data.encode import Encoded, load_task
-from mlfs_jax.data.tasks import Task, get_task
+from mlfs_jax.data.tasks import Task, get_task, task_names
 from mlfs_jax.distill import DistillConfig, init_projection, task_loss
 from mlfs_jax.errors import ConfigError
 from mlfs_jax.evaluate import evaluate
@@ -31,7 +34,7 @@ from mlfs_jax.hf.load import from_pretrained
 from mlfs_jax.importance import Order, importance_order, measure_importance, reorder, reorder_lora
 from mlfs_jax.lora import Lora, init_lora, load_lora, merge_lora, save_lora, stack_stages
 from mlfs_jax.model import Model, forward
-from mlfs_jax.registry import resolve_model
+from mlfs_jax.registry import ENTRIES, resolve_model
 from mlfs_jax.run import Preemption, Run, preemption
 from mlfs_jax.slicing import slice_subnet
 from mlfs_jax.stages import Stage, paper_stages
@@ -39,6 +42,7 @@ from mlfs_jax.subnet import SubnetSpace
 from mlfs_jax.supernet import EXECUTIONS, Supernet, TrainState
 
 LOG_EVERY = 10
+HEAD = "head.safetensors"
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,8 @@ class FitConfig:
     Attributes:
         model: a name of the catalogue, a hub id, or a local Hugging Face directory.
         task: a task's name, or a .jsonl / .csv file, or a folder of them.
+        problem: of a file's labels, "classification" or "regression"; the default is what they look like.
+        metric: what to report, e.g. "accuracy", "f1", "pearson"; the default is the task's.
         seed: of new weights, of the order of the data, and of the sampled subnets.
         steps: optimizer steps of stages 0 (maxnet), 1 (widths), 2 (widths and depths); one number is plain LoRA.
         learning_rate: the peak in every stage: linear warm-up, then cosine to 0.
@@ -73,6 +79,8 @@ class FitConfig:
 
     model: str
     task: str
+    problem: str | None = None
+    metric: str | None = None
     seed: int = 0
     steps: tuple[int, ...] = (300, 300, 300)
     learning_rate: float = 1e-3
@@ -82,7 +90,7 @@ class FitConfig:
     gamma: float = 0.0
     distill: DistillConfig = field(default_factory=DistillConfig)
     embed: tuple[float, ...] = (1.0,)
-    width: tuple[float, ...] = (1.0, 0.49, 0.22)
+    width: tuple[float, ...] = (1.0, 0.48, 0.22)
     depth: tuple[float, ...] = (1.0, 0.5)
     keep_layers: str = "even"
     vary: str = "together"
@@ -107,6 +115,8 @@ class FitConfig:
                 f"keep_layers = {self.keep_layers!r} with reorder = {self.reorder}: expected 'even', or 'importance' "
                 "together with reorder, which measures it."
             )
+        if self.batch_size < 1 or self.seed < 0:
+            raise ConfigError(f"batch_size = {self.batch_size}, seed = {self.seed}: expected >= 1 and >= 0.")
         _ = self.stages  # their errors, now
 
     @property
@@ -119,6 +129,9 @@ class FitConfig:
         ranked = None if order is None or self.keep_layers == "even" else tuple(map(int, order.layers))
         ratios = {"embed": self.embed, "width": self.width, "depth": self.depth}
         return SubnetSpace.from_ratios(config, **ratios, vary=self.vary, layer_order=ranked)
+
+    def get_task(self) -> Task:
+        return get_task(self.task, problem=self.problem, metric=self.metric)
 
     def load_model(self, task: Task) -> Model:
         """The pretrained model with a head for the task; new weights come from the seed."""
@@ -165,14 +178,17 @@ def load_run(path: str | Path, *, finished: bool = False) -> Fitted:
         RunError: there is none, or (with ``finished``) it has not come to its end.
     """
     run = Run.open(path, finished=finished)
-    saved = dict(run.config)
+    saved = {name: value for name, value in run.config.items() if name != "data"}
     saved["distill"] = DistillConfig(**saved["distill"])
     config = FitConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
-    task = get_task(config.task)
+    task = config.get_task()
     return _assemble(run, config, task, config.load_model(task))
 
 
 def _assemble(run: Run, config: FitConfig, task: Task, model: Model) -> Fitted:
+    head = load_lora(run.path / HEAD)
+    start = {f"{site}.{leaf}": value for site, entry in head.items() for leaf, value in entry.items()}
+    model = model.replace(base=map_named(lambda name, leaf: start.get(name, leaf[...]), model.base))
     files = [_adapter_file(run, stage) for stage in config.stages]
     stages = tuple(load_lora(file) for file in files if file.exists())
     order = None
@@ -180,6 +196,31 @@ def _assemble(run: Run, config: FitConfig, task: Task, model: Model) -> Fitted:
         order = Order.from_json(run.read_json("order"))
         model = reorder(model, order)
     return Fitted(config, task, model, stages, order)
+
+
+def _from_anywhere(name: str) -> str:
+    """A local path in full, so that the run folder opens from anywhere; another name as it is."""
+    known, path = {*task_names(), *(entry.name for entry in ENTRIES)}, Path(name).expanduser()
+    return str(path.absolute()) if name not in known and path.exists() else name
+
+
+def _save_head(run: Run, model: Model) -> None:
+    """Keep the weights that a new head started from: the adapters of the run are changes to them."""
+    head: Lora = {}
+    for name, leaf in flatten(model.base).items():
+        if name.startswith("head."):
+            site, kind = name.rsplit(".", 1)
+            head.setdefault(site, {})[kind] = leaf[...]
+    save_lora(run.path / HEAD, head)
+
+
+def _fingerprint(data: Mapping[str, Encoded]) -> str:
+    """sha256 of the encoded examples: a run goes on only with the data that it began with."""
+    digest = hashlib.sha256()
+    for split in sorted(data):
+        for array in (data[split].ids, data[split].offsets, data[split].labels):
+            digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def _adapter_file(run: Run, stage: Stage) -> Path:
@@ -196,10 +237,17 @@ def fit(config: FitConfig, out: str | Path, *, console: Console | None = None) -
         MLFSError: a name, file or setting is wrong; the message says which.
     """
     console = console or Console()
-    task = get_task(config.task)
+    config = dataclasses.replace(config, model=_from_anywhere(config.model), task=_from_anywhere(config.task))
+    task = config.get_task()
     model, data = config.load_model(task), config.load_data(task)
-    config.space(model.config)  # a wrong choice is said before the folder is made
-    with Run.create_or_resume(out, dataclasses.asdict(config)) as run, preemption() as stop:
+    config.space(model.config)  # what is wrong is said before the folder is made
+    Batches(data["train"], config.batch_size, seed=config.seed, buckets=config.buckets)
+    saved = {**dataclasses.asdict(config), "data": _fingerprint(data)}
+    with preemption() as stop, Run.create_or_resume(out, saved) as run:
+        if not (run.path / HEAD).exists():
+            _save_head(run, model)
+        if run.finished:
+            console.print(f"{run.path} is finished; `mlfs palette` measures it.")
         fitted = _assemble(run, config, task, model)
         for number, stage in enumerate(config.stages):
             if number < len(fitted.stages):
@@ -230,10 +278,8 @@ def _train_stage(
     first = sum(s.steps for s in config.stages[:number])  # steps count on through the stages
     model = fitted.merged if fitted.stages else fitted.model  # earlier pairs are frozen: part of the base
     root = jax.random.fold_in(jax.random.key(config.seed), number)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, stage.learning_rate, max(1, stage.steps * 6 // 100), stage.steps)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
     unroll = jax.default_backend() == "cpu" if config.unroll is None else config.unroll
-    supernet = Supernet(model.config, config.distill, optimizer, config.execution, unroll)
+    supernet = Supernet(model.config, config.distill, stage.optimizer(), config.execution, unroll)
 
     params = {"lora": init_lora(jax.random.fold_in(root, 0), model, rank=stage.rank, full=("head",))}
     if stage.sample != "maxnet" and config.distill.beta:
@@ -263,12 +309,13 @@ def _train_stage(
                 shown = f"loss maxnet {losses[0]:.3f}" + (f", minnet {losses[1]:.3f}" if subnets else "")
                 progress.update(bar, losses=shown)
             progress.update(bar, completed=step + 1)
-            save = stop or (step + 1) % config.save_every == 0
+            stopping = bool(stop)  # once: a signal may come between two looks
+            save = stopping or (step + 1) % config.save_every == 0
             if save or step + 1 == stage.steps or (step + 1) % LOG_EVERY == 0:
                 flush()  # not at every step: reading a loss waits for the device
             if save:
                 checkpoints.save(first + step + 1, state, {"stage": stage.name})
-            if stop:
+            if stopping:
                 return None
     return jax.tree.map(jnp.asarray, state.params["lora"])
 
@@ -289,12 +336,12 @@ def _measure_order(fitted: Fitted, lora: Lora, train: Encoded) -> Order:
 
 
 def _report(fitted: Fitted, stage: Stage, validation: Encoded, console: Console) -> None:
-    """One line after each stage: how the maxnet and the minnet do on the validation split."""
-    space, metric = fitted.space, fitted.task.metric
-    names = ("maxnet",) if stage.sample == "maxnet" else ("maxnet", "minnet")
+    """One line after each stage: how its largest and its smallest subnet do on the validation split."""
+    metric, space = fitted.task.metric, fitted.space
+    space = space.at_full_depth() if stage.sample == "width" else space
+    subnets = {"maxnet": space.maxnet} if stage.sample == "maxnet" else {"maxnet": space.maxnet, "minnet": space.minnet}
     scores = []
-    for name in names:
-        subnet = space.maxnet if name == "maxnet" else space.minnet
+    for name, subnet in subnets.items():
         score = evaluate(slice_subnet(fitted.merged, subnet), validation, metric)
         scores.append(f"{name} {metric} {score[metric]:.4f}, loss {score['loss']:.4f}")
     console.print(f"{stage.name} done. validation: " + "; ".join(scores))

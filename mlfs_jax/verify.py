@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 import numpy as np
 from rich.table import Table
 
@@ -158,7 +159,8 @@ def random_batch(config: EncoderConfig, rows: int, width: int, seed: int) -> dic
 
 
 def _logits(model: Model, batch: Mapping, **kw) -> np.ndarray:
-    return np.asarray(forward(model.graphdef, model.base, batch, **kw).logits)
+    with jax.default_matmul_precision("highest"):  # a GPU's or TPU's own default is coarser than the tolerance
+        return np.asarray(forward(model.graphdef, model.base, batch, **kw).logits)
 
 
 def _transformers(directory: Path):

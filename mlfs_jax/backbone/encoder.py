@@ -64,7 +64,7 @@ class Embeddings(nnx.Module):
         self.norm = LayerNorm(table, eps=config.norm_eps, rngs=rngs)
         self.proj = Linear(table, {"embed": config.embed}, rngs=rngs) if config.embedding_size else None
 
-    def __call__(self, tokens: Int[Array, "B T"], types, keep) -> Float[Array, "B T D"]:
+    def __call__(self, tokens: Int[Array, "B T"], types, lora: dict, keep) -> Float[Array, "B T D"]:
         if self.offset:  # RoBERTa: padding tokens sit on the pad row, real ones count from the row after it
             real = tokens != self.pad
             positions = jnp.cumsum(real, axis=1) * real + self.pad
@@ -75,7 +75,7 @@ class Embeddings(nnx.Module):
             x += self.types(jnp.zeros_like(tokens) if types is None else types)
         if self.proj is None:
             return self.norm(x, keep)
-        x = self.proj(self.norm(x))
+        x = self.proj(self.norm(x), lora.get("proj"))
         return x if keep is None else x * keep
 
 
@@ -146,7 +146,7 @@ class Encoder(nnx.Module):
         tokens = batch["input_ids"]
         keep = None if mask is None else mask.embed
         attend = batch["attention_mask"].astype(bool)[:, None, None, :]
-        x = self.embed(tokens, batch.get("token_type_ids"), keep)
+        x = self.embed(tokens, batch.get("token_type_ids"), under(lora, "embed"), keep)
 
         block_def, stacked = nnx.split(self.layers)
 

@@ -19,8 +19,8 @@ from mlfs_jax.errors import CheckpointError, RunError
 from mlfs_jax.hf.card import model_card
 from mlfs_jax.hf.configs import to_hf
 from mlfs_jax.hf.families import FAMILIES
-from mlfs_jax.hf.fit import Fit, find_fit, fit_weights
 from mlfs_jax.hf.load import INDEX, SINGLE
+from mlfs_jax.hf.reshape import Shape, nearest_shape, reshape_weights
 from mlfs_jax.hf.table import to_theirs
 from mlfs_jax.model import Model, abstract
 
@@ -101,8 +101,8 @@ def export_hf(
     directory = Path(directory).expanduser()
     _check_free(directory)
     tokenizer = _tokenizer_files(tokenizer_from, model.source)
-    fit = find_fit(model.config)
-    config, weights = fit_weights(model, fit)
+    shape = nearest_shape(model.config)
+    config, weights = reshape_weights(model, shape)
     hf = to_hf(config, label_names=label_names)
     hf["dtype"] = str(weights["embed.tokens.table"].dtype)
 
@@ -121,10 +121,10 @@ def export_hf(
             files=tuple(files),
             sliced=_changes(sliced_from, model.config),
             padded=_changes(model.config, config),
-            why=_why(model.config, fit),
+            why=_why(model.config, shape),
             params_before=model.num_params,
             params_after=sum(weight.size for weight in weights.values()),
-            copies=fit.copies,
+            copies=shape.copies,
         )
         (fresh / "README.md").write_text(model_card(model, config, report, card), encoding="utf-8")
         (fresh / REPORT).write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
@@ -202,23 +202,24 @@ def _changes(before: EncoderConfig | None, after: EncoderConfig) -> dict[str, tu
     return {f: (a, b) for f, (a, b) in pairs.items() if a != b}
 
 
-def _why(config: EncoderConfig, fit: Fit) -> tuple[str, ...]:
+def _why(config: EncoderConfig, shape: Shape) -> tuple[str, ...]:
     d, n, h = config.embed, config.heads, config.head_dim
     why = []
-    if (fit.embed, fit.heads, fit.head_dim) != (d, n, h):
+    if (shape.embed, shape.heads, shape.head_dim) != (d, n, h):
         why.append(
             f"{config.family} at Hugging Face has head size = hidden / heads; here {n} heads of size {h} go with "
             f"{d} channels."
         )
-    if fit.copies > 1:
+    if shape.copies > 1:
         why.append(
-            f"Each of the {d} channels is repeated {fit.copies} times (norms do not change; readers take the "
+            f"Each of the {d} channels is repeated {shape.copies} times (norms do not change; readers take the "
             "first copy)."
         )
-    if fit.heads != n:
-        why.append(f"{fit.heads - n} heads of zeros are added to the {n}.")
-    if fit.head_dim != h:
+    if shape.heads != n:
+        why.append(f"{shape.heads - n} heads of zeros are added to the {n}.")
+    if shape.head_dim != h:
         why.append(
-            f"Heads are padded with zeros from {h} to {fit.head_dim}; queries are scaled by sqrt({fit.head_dim}/{h})."
+            f"Heads are padded with zeros from {h} to {shape.head_dim}; "
+            f"queries are scaled by sqrt({shape.head_dim}/{h})."
         )
     return tuple(why)

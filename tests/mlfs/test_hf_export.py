@@ -15,8 +15,8 @@ from mlfs_jax.hf.card import AUTO
 from mlfs_jax.hf.configs import from_hf
 from mlfs_jax.hf.export import REPORT, export_hf
 from mlfs_jax.hf.families import FAMILIES
-from mlfs_jax.hf.fit import Fit, find_fit
 from mlfs_jax.hf.load import load_checkpoint
+from mlfs_jax.hf.reshape import Shape, nearest_shape
 from mlfs_jax.model import abstract, build
 
 SHAPES = {  # (embed, heads, head_dim) -> what it takes
@@ -98,17 +98,17 @@ def test_a_pooler_survives_repetition(tmp_path):
 
 def test_the_fit_is_the_smallest():
     base = config_of("bert", "sequence", 384, 12, 32)
-    assert find_fit(base) == Fit(1, 12, 32)
-    assert find_fit(base.replace(heads=5)) == Fit(1, 12, 32)  # heads of their own size before longer ones
-    assert find_fit(base.replace(embed=192, heads=3)) == Fit(1, 6, 32)
-    assert find_fit(base.replace(embed=192)) == Fit(2, 12, 32)
-    assert find_fit(base.replace(embed=200, heads=5)) == Fit(1, 5, 40)
+    assert nearest_shape(base) == Shape(1, 12, 32)
+    assert nearest_shape(base.replace(heads=5)) == Shape(1, 12, 32)  # heads of their own size before longer ones
+    assert nearest_shape(base.replace(embed=192, heads=3)) == Shape(1, 6, 32)
+    assert nearest_shape(base.replace(embed=192)) == Shape(2, 12, 32)
+    assert nearest_shape(base.replace(embed=200, heads=5)) == Shape(1, 5, 40)
     rng = np.random.default_rng(0)
     for _ in range(200):
         embed, heads, head_dim = (int(n) for n in rng.integers(1, 40, 3))
-        fit = find_fit(base.replace(embed=embed, heads=heads, head_dim=head_dim))
-        assert fit.embed == fit.copies * embed and fit.heads >= heads and fit.head_dim >= head_dim
-        for fewer in range(1, fit.copies):
+        shape = nearest_shape(base.replace(embed=embed, heads=heads, head_dim=head_dim))
+        assert shape.embed == shape.copies * embed and shape.heads >= heads and shape.head_dim >= head_dim
+        for fewer in range(1, shape.copies):
             sizes = range(heads, fewer * embed + 1)
             assert not any(fewer * embed % n == 0 and fewer * embed // n >= head_dim for n in sizes)
 
@@ -116,8 +116,8 @@ def test_the_fit_is_the_smallest():
 def test_electra_keeps_its_projection():
     """With equal widths Hugging Face has no projection: that number of copies is passed over."""
     config = config_of("electra", "sequence", 6, 3, 4, embedding_size=12)
-    assert find_fit(config.replace(embedding_size=11)).copies == 2
-    assert find_fit(config).copies == 3
+    assert nearest_shape(config.replace(embedding_size=11)).copies == 2
+    assert nearest_shape(config).copies == 3
 
 
 def test_shards_tokenizer_card_and_labels(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 from tiny import tiny_batch, tiny_lora, tiny_model
 
 import mlfs_jax as mlfs
+from mlfs_jax.backbone.tree import flatten
 from mlfs_jax.errors import ConfigError, UnknownNameError
 from mlfs_jax.lora import load_lora, save_lora
 from mlfs_jax.model import forward
@@ -20,6 +21,20 @@ def test_fresh_adapter_changes_nothing():
     batch = tiny_batch(model.config)
     fresh = mlfs.init_lora(jax.random.key(0), model, rank=4, full=("head",))
     np.testing.assert_array_equal(logits(model, model.base, batch, fresh), logits(model, model.base, batch))
+
+
+def test_no_part_of_an_adapter_is_ignored():
+    model = tiny_model("electra")
+    batch = tiny_batch(model.config)
+    everywhere = [name.removesuffix(".kernel") for name in flatten(model.base) if name.endswith(".kernel")]
+    lora = tiny_lora(model, sites=everywhere, full=())
+    for site in everywhere:  # each site alone: embed.proj and the head's, too
+        alone = {site: lora[site]}
+        merged = logits(model, mlfs.merge_lora(model.base, alone), batch)
+        np.testing.assert_allclose(logits(model, model.base, batch, alone), merged, atol=1e-4)
+        assert abs(merged - logits(model, model.base, batch)).max() > 1e-3, site
+    with pytest.raises(ConfigError, match=r"has no layers\.gate\.kernel"):
+        logits(model, model.base, batch, {"layers.gate": lora["layers.q"]})
 
 
 @pytest.mark.parametrize("family", ["bert", "electra"])

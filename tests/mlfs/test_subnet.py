@@ -53,11 +53,24 @@ def test_params_and_flops_of_uniform_subnets():
 
 def test_fractions_are_the_largest_that_fit():
     whole = num_params(tiny_config())
+    sizes = [num_params(tiny_config(), subnet) / whole for subnet in space().subnets()]
     for name, share in {"half": 1 / 2, "quarter": 1 / 4}.items():
         chosen = num_params(tiny_config(), space().named(name)) / whole
-        assert chosen <= share
-        others = [num_params(tiny_config(), s) / whole for s in space().subnets()]
-        assert chosen >= max(o for o in others if o <= share) - 0.02
+        assert 0.75 * share <= chosen <= share
+        assert chosen >= max(size for size in sizes if size <= share) - 0.02
+
+
+def test_a_name_is_never_given_to_a_subnet_of_another_size():
+    narrow = space(embed=(1,), width=(1, 0.25), depth=(1,))
+    assert list(narrow.names()) == ["maxnet", "minnet"]
+    with pytest.raises(SubnetError, match=r"no subnet has 0\.375 to 0\.500"):
+        narrow.named("half")
+
+
+def test_widths_that_vary_together_pair_large_with_large():
+    mixed = mlfs.SubnetSpace(tiny_config(), heads=(4, 2, 1), mlp=(5, 10, 20))
+    assert (mixed.heads, mixed.mlp) == ((4, 2, 1), (20, 10, 5))
+    assert mixed.check(mixed.maxnet) == mixed.maxnet
 
 
 def test_names_run_from_maxnet_to_minnet():
@@ -108,7 +121,7 @@ def test_other_mistakes():
         Subnet(24, (4,), (20, 20), (0, 1))
     with pytest.raises(SubnetError, match="ascending"):
         Subnet(24, (4, 4), (20, 20), (1, 0))
-    with pytest.raises(SubnetError, match=r"no subnet at 0\.001"):
+    with pytest.raises(SubnetError, match=r"no subnet has 0\.001 to 0\.001 of the maxnet's parameters; this space has"):
         space().fraction(0.001)
     with pytest.raises(SubnetError, match=r"ratio 1\.5"):
         mlfs.SubnetSpace.from_ratios(tiny_config(), depth=(1.5,))

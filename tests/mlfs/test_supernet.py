@@ -84,6 +84,21 @@ def test_lora_step_costs_at_most_2_3_forward_passes_and_no_gradient_of_the_base(
     assert moments == 2 * adapter  # Adam's two moments of the adapter, and of nothing else
 
 
+def test_sandwich_rule():
+    """The minnet, then random subnets, none twice and none of them the maxnet; widths only in stage 1."""
+    drawn = space(tiny_config())
+    maxnet_only, widths, depths = mlfs.paper_stages((1, 1, 1))
+    assert maxnet_only.subnets(drawn, jax.random.key(0)) == ()
+    for stage, choices in ((widths, drawn.at_full_depth()), (depths, drawn)):
+        seen = [stage.subnets(drawn, jax.random.key(i)) for i in range(20)]
+        assert seen == [stage.subnets(drawn, jax.random.key(i)) for i in range(20)]
+        for minnet, *others in seen:
+            assert minnet == choices.minnet and len({minnet, choices.maxnet, *others}) == 4
+            assert all(choices.check(subnet) == subnet for subnet in others)
+    few = mlfs.SubnetSpace(tiny_config(), depth=(3, 2))
+    assert depths.subnets(few, jax.random.key(0)) == (few.minnet,)
+
+
 def test_gradient_weights():
     np.testing.assert_allclose(gradient_weights([100, 50, 10], 0.0), [1, 1, 1])
     w = gradient_weights([100, 50, 10], 0.5)
@@ -95,9 +110,9 @@ def test_trainable_parameters_of_a_slice_are_those_of_its_adapter():
     model = tiny_model()
     pair = mlfs.init_lora(jax.random.key(0), model, rank=3, sites=["layers.up"])
     shapes = tuple((site, leaf, x.shape) for site, entry in pair.items() for leaf, x in entry.items())
-    assert trainable_params(model.config, None, shapes) == 3 * 3 * (24 + 20)
-    subnet = mlfs.Subnet(12, (4, 4), (7, 7), (0, 2))
-    assert trainable_params(model.config, subnet, shapes) == 2 * 3 * (12 + 7)
+    assert trainable_params(model.config, space(model.config).maxnet, shapes) == 3 * 3 * (24 + 20)
+    subnet = mlfs.Subnet(12, (4, 4), (7, 5), (0, 2))
+    assert trainable_params(model.config, subnet, shapes) == 3 * (12 + 7) + 3 * (12 + 5)
 
 
 @pytest.mark.parametrize("divergence", ["kl", "reverse-kl", "jsd"])

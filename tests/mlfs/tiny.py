@@ -29,10 +29,10 @@ def tiny_model(family: str = "bert", seed: int = 0, **changes) -> Model:
     return build(config, {name: jnp.asarray(w, jnp.float32) for name, w in weights.items()})
 
 
-def tiny_lora(model: Model, seed: int = 2, rank: int = 3):
+def tiny_lora(model: Model, seed: int = 2, rank: int = 3, sites=None, full=("head",)):
     """An adapter that does something: no B matrix, no delta is left at zero."""
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(lambda: init_lora(jax.random.key(0), model, rank=rank, full=("head",)))
+    shapes = jax.eval_shape(lambda: init_lora(jax.random.key(0), model, rank=rank, sites=sites, full=full))
     return jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.2, x.shape), jnp.float32), shapes)
 
 

@@ -23,7 +23,7 @@ from mlfs_jax.model import Model
 
 
 @dataclass(frozen=True)
-class Fit:
+class Shape:
     """The nearest expressible shape: ``heads`` x ``head_dim`` = ``embed`` = m times the model's."""
 
     copies: int
@@ -35,7 +35,7 @@ class Fit:
         return self.heads * self.head_dim
 
 
-def find_fit(config: EncoderConfig) -> Fit:
+def nearest_shape(config: EncoderConfig) -> Shape:
     """The expressible shape that adds the fewest parameters: the fewest copies of the stream, then heads of their
     own size if possible, then the fewest added heads (the attention matrices are as large for every choice)."""
     copies = 0
@@ -45,24 +45,24 @@ def find_fit(config: EncoderConfig) -> Fit:
         if embed == config.embedding_size:
             continue  # ELECTRA would lose its projection: Hugging Face leaves it out when the two widths are equal
         fits = [
-            Fit(copies, heads, embed // heads)
+            Shape(copies, heads, embed // heads)
             for heads in range(config.heads, embed // config.head_dim + 1)
             if embed % heads == 0
         ]
         if fits:
-            return min(fits, key=lambda fit: (fit.head_dim != config.head_dim, fit.heads))
+            return min(fits, key=lambda shape: (shape.head_dim != config.head_dim, shape.heads))
 
 
-def fit_weights(model: Model, fit: Fit) -> tuple[EncoderConfig, dict[str, np.ndarray]]:
+def reshape_weights(model: Model, shape: Shape) -> tuple[EncoderConfig, dict[str, np.ndarray]]:
     """The model's config and weights (on the host) in another shape; the same function."""
     config = model.config
-    fitted = config.replace(embed=fit.embed, heads=fit.heads, head_dim=fit.head_dim)
-    sizes = {"heads": fit.heads, "head_dim": fit.head_dim}
+    reshaped = config.replace(embed=shape.embed, heads=shape.heads, head_dim=shape.head_dim)
+    sizes = {"heads": shape.heads, "head_dim": shape.head_dim}
     weights = {}
     for name, param in flatten(model.base).items():
         weight = np.asarray(param[...])
-        if name.startswith("layers.q.") and fit.head_dim != config.head_dim:
-            scale = np.sqrt(fit.head_dim / config.head_dim)
+        if name.startswith("layers.q.") and shape.head_dim != config.head_dim:
+            scale = np.sqrt(shape.head_dim / config.head_dim)
             weight = (weight.astype(np.float32) * scale).astype(weight.dtype)
         stacked = int(param.axes[0] == STACKED)
         inputs = range(stacked, stacked + param.inputs) if name.endswith(".kernel") else range(0)
@@ -72,9 +72,9 @@ def fit_weights(model: Model, fit: Fit) -> tuple[EncoderConfig, dict[str, np.nda
             elif axis == "embed":
                 # The masked-LM head multiplies its norm's output by the repeated token table: one copy must count.
                 once = i in inputs or name.startswith("head.norm.")
-                weight = _pad(weight, i, fit.embed) if once else _repeat(weight, i, fit.copies)
+                weight = _pad(weight, i, shape.embed) if once else _repeat(weight, i, shape.copies)
         weights[name] = weight
-    return fitted, weights
+    return reshaped, weights
 
 
 def _pad(weight: np.ndarray, axis: int, size: int) -> np.ndarray:
