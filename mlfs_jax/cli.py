@@ -46,7 +46,7 @@ examples:
 PRESETS: dict[str, dict[str, Any]] = {
     "full": {},
     # minutes on two cores
-    "demo": {"steps": (70, 24, 24), "limit": 4000, "max_length": 48, "buckets": (48,), "random_subnets": 1},
+    "demo": {"steps": (70, 40, 30), "limit": 4000, "max_length": 48, "buckets": (48,), "random_subnets": 1},
 }
 """Defaults of ``mlfs fit`` by name; a flag overrides them."""
 
