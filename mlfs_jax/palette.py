@@ -124,7 +124,7 @@ class Palette:
             raise RunError(f"{file} is damaged ({e!r}): delete it and run `mlfs palette {run}` again.") from e
 
     def table(self) -> Table:
-        """For a terminal of 80 columns."""
+        """For a terminal of 90 columns."""
         caption = (
             f"{short(self.model)} on {short(self.task)}. score: {self.metric} on {self.examples:,} {self.split} "
             "examples"
