@@ -148,7 +148,7 @@ def fetch(names: Names = (), /, *, check: Flag = False) -> None:
 
     if not names:
         for e in ENTRIES:
-            cached = "cached" if is_whole(cache_dir() / f"{e.name}-{e.sha256[:12]}", e) else f"{e.size / 1e6:.0f} MB"
+            cached = "cached" if is_whole(e.cached, e) else f"{e.size / 1e6:.0f} MB"
             print(f"{e.name:<14} {e.kind:<6} {cached:>7}  {e.description} [{e.licence}]")
     for name in names:
         if "/" not in name:

@@ -63,8 +63,7 @@ class Origin:
             saved = json.loads(file.read_text(encoding="utf-8"))
             if saved.pop("format") != FORMAT:
                 raise ValueError(f"its format is not {FORMAT}")
-            subnet = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["subnet"].items()}
-            return cls(**(saved | {"subnet": Subnet(**subnet)}))
+            return cls(**(saved | {"subnet": Subnet.from_json(saved["subnet"])}))
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise RunError(f"{file} is damaged ({e!r}): export again.") from e
 

@@ -14,7 +14,7 @@ from mlfs_jax.hf.export import REPORT
 from mlfs_jax.hf.load import load_checkpoint
 from mlfs_jax.model import Model
 from mlfs_jax.palette import Palette, shape
-from mlfs_jax.registry import ENTRIES, Entry, cache_dir, is_whole, resolve_model
+from mlfs_jax.registry import ENTRIES, Entry, is_whole, resolve_model
 from mlfs_jax.run import Run
 from mlfs_jax.subnet import num_params
 from mlfs_jax.train import load_run
@@ -62,7 +62,7 @@ def _model(model: Model) -> dict:
 
 
 def _describe_entry(entry: Entry) -> dict:
-    folder = cache_dir() / f"{entry.name}-{entry.sha256[:12]}"
+    folder = entry.cached
     cached = is_whole(folder, entry)
     described = {
         "kind": entry.kind,

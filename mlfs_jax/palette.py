@@ -96,9 +96,8 @@ class Palette:
     @classmethod
     def from_json(cls, saved: Mapping) -> Palette:
         def row(saved: Mapping) -> PaletteRow:
-            subnet = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["subnet"].items()}
             times = {k: {int(b): t for b, t in saved[k].items()} for k in ("latency_ms", "latency_ratio")}
-            return PaletteRow(**(dict(saved) | times | {"subnet": Subnet(**subnet)}))
+            return PaletteRow(**(dict(saved) | times | {"subnet": Subnet.from_json(saved["subnet"])}))
 
         return cls(**(dict(saved) | {"rows": tuple(row(r) for r in saved["rows"])}))
 

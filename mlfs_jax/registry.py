@@ -48,6 +48,11 @@ class Entry:
     licence: str
     description: str
 
+    @property
+    def cached(self) -> Path:
+        """Its folder in the cache, whether it is there or not."""
+        return cache_dir() / f"{self.name}-{self.sha256[:12]}"
+
 
 ENTRIES: tuple[Entry, ...] = (
     Entry(
@@ -141,7 +146,7 @@ def fetch(name: str, *, progress: bool = True, verify: bool = False) -> Path:
     `UnknownNameError`, or `DownloadError` when the file cannot be had or is not the one in the catalogue.
     """
     entry = get_entry(name)
-    target = cache_dir() / f"{entry.name}-{entry.sha256[:12]}"
+    target = entry.cached
     if is_whole(target, entry, verify=verify):
         return target
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import jax
@@ -54,6 +54,11 @@ class Subnet:
     @property
     def depth(self) -> int:
         return len(self.layers)
+
+    @classmethod
+    def from_json(cls, saved: Mapping) -> Subnet:
+        """What ``dataclasses.asdict`` gave, after a trip through JSON."""
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
 
 
 def check_fits(config: EncoderConfig, subnet: Subnet) -> None:

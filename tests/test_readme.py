@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mlfs_jax.registry import cache_dir, get_entry, is_whole
+from mlfs_jax.registry import get_entry, is_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
@@ -14,7 +14,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encod
 
 def test_python_blocks_run(tmp_path, monkeypatch):
     entry = get_entry("minilm-l6")
-    if not is_whole(cache_dir() / f"{entry.name}-{entry.sha256[:12]}", entry):
+    if not is_whole(entry.cached, entry):
         pytest.skip("minilm-l6 is not in the cache: mlfs fetch minilm-l6")
     assert BLOCKS
     monkeypatch.chdir(tmp_path)

@@ -53,9 +53,8 @@ class ExportReport:
         why: one sentence on each repair; empty when the shape is expressible as it is.
         params_before: parameters of the model.
         params_after: parameters of the export.
-        exact: the export computes the same function, to rounding. With ``copies`` > 1 hidden states and pooler output
-            hold the model's channels that many times over; logits are the model's own.
-        copies: how often each channel of the residual stream is repeated.
+        copies: how often each channel of the residual stream is repeated. Above 1, hidden states and pooler output hold
+            the model's channels that many times over; logits are the model's own, to rounding, whatever was padded.
     """
 
     directory: Path
@@ -65,7 +64,6 @@ class ExportReport:
     why: tuple[str, ...]
     params_before: int
     params_after: int
-    exact: bool = True
     copies: int = 1
 
     def to_json(self) -> dict:

@@ -25,7 +25,7 @@ from mlfs_jax.errors import CheckpointError, ConfigError, UnknownNameError
 from mlfs_jax.hf.configs import from_hf, to_hf
 from mlfs_jax.hf.export import export_hf
 from mlfs_jax.hf.load import from_pretrained, load_checkpoint
-from mlfs_jax.registry import cache_dir, get_entry, is_whole
+from mlfs_jax.registry import get_entry, is_whole
 
 
 @pytest.mark.parametrize("family", NAMES)
@@ -371,7 +371,7 @@ def fetched(name: str) -> Path:
     if own := os.environ.get("MLFS_TEST_MODELS"):
         return Path(own) / name
     entry = get_entry(name)
-    folder = cache_dir() / f"{entry.name}-{entry.sha256[:12]}"
+    folder = entry.cached
     if not is_whole(folder, entry):
         pytest.skip(f"{name} is not in the cache: run `mlfs fetch {name}`")
     return folder
