@@ -63,9 +63,9 @@ def config_for(task: str, seed: int, preset: str) -> mlfs.FitConfig:
 
 def palette(fitted: mlfs.Fitted, data: dict) -> dict[str, dict]:
     """Accuracy and size of the named subnets."""
-    rows, config = {}, fitted.model.config
+    rows, config, merged = {}, fitted.model.config, fitted.merged
     for name, subnet in fitted.space.names().items():
-        small = mlfs.slice_subnet(fitted.merged, subnet)
+        small = mlfs.slice_subnet(merged, subnet)
         score = {split: evaluate(small, data[split], fitted.task.metric) for split in ("validation", "test")}
         rows[name] = {"subnet": str(subnet), "share": num_params(config, subnet) / num_params(config), **score}
     return rows

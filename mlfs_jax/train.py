@@ -340,9 +340,9 @@ def _report(fitted: Fitted, stage: Stage, validation: Encoded, console: Console)
     metric, space = fitted.task.metric, fitted.space
     space = space.at_full_depth() if stage.sample == "width" else space
     subnets = {"maxnet": space.maxnet} if stage.sample == "maxnet" else {"maxnet": space.maxnet, "minnet": space.minnet}
-    scores = []
+    merged, scores = fitted.merged, []
     for name, subnet in subnets.items():
-        score = evaluate(slice_subnet(fitted.merged, subnet), validation, metric)
+        score = evaluate(slice_subnet(merged, subnet), validation, metric)
         scores.append(f"{name} {metric} {score[metric]:.4f}, loss {score['loss']:.4f}")
     console.print(f"{stage.name} done. validation: " + "; ".join(scores))
 
