@@ -6,8 +6,9 @@ __version__ = "0.1.0"
 
 # name -> where it lives; imported when it is first used (PEP 562), so that `mlfs --help` does not wait for jax
 _HOME = {
-    "backbone.tree": ("Mask", "Output"),
-    "config": ("EncoderConfig",),
+    "backbone.cache": ("Cache", "init_cache"),
+    "backbone.tree": ("Mask", "Output", "flatten"),
+    "config": ("DecoderConfig", "EncoderConfig", "Latent", "Rope"),
     "distill": ("DistillConfig",),
     "evaluate": ("evaluate",),
     "export": ("export_adapter", "export_subnet"),
@@ -16,7 +17,7 @@ _HOME = {
     "hf.peft": ("export_peft",),
     "importance": ("importance_order", "measure_importance", "reorder", "reorder_lora"),
     "lora": ("init_lora", "lora_sites", "merge_lora", "stack_stages", "unmerge_lora"),
-    "model": ("Model", "forward", "init_model"),
+    "model": ("Model", "build", "forward", "init_model"),
     "palette": ("Palette", "measure"),
     "slicing": ("slice_subnet",),
     "stages": ("Stage", "paper_stages"),

@@ -12,9 +12,11 @@ import jax
 from flax import nnx
 from jaxtyping import Array
 
+from mlfs_jax.backbone.cache import Cache
+from mlfs_jax.backbone.decoder import Decoder
 from mlfs_jax.backbone.encoder import Encoder
 from mlfs_jax.backbone.tree import Mask, Output, flatten, map_named
-from mlfs_jax.config import EncoderConfig
+from mlfs_jax.config import Config, DecoderConfig
 from mlfs_jax.errors import CheckpointError, ConfigError
 
 
@@ -30,7 +32,7 @@ class Model:
         source: folder of the Hugging Face checkpoint it came from (tokenizer files live there), if any.
     """
 
-    config: EncoderConfig
+    config: Config
     graphdef: nnx.GraphDef
     base: nnx.State
     name: str = "model"
@@ -44,13 +46,17 @@ class Model:
         return sum(leaf[...].size for leaf in flatten(self.base).values())
 
 
+def _network(config: Config, rngs: nnx.Rngs) -> Encoder | Decoder:
+    return (Decoder if isinstance(config, DecoderConfig) else Encoder)(config, rngs=rngs)
+
+
 @lru_cache(maxsize=256)
-def abstract(config: EncoderConfig) -> tuple[nnx.GraphDef, nnx.State]:
+def abstract(config: Config) -> tuple[nnx.GraphDef, nnx.State]:
     """Structure and abstract weights (shapes, dtypes, axes) of a network; nothing is allocated."""
-    return nnx.split(nnx.eval_shape(lambda: Encoder(config, rngs=nnx.Rngs(0))))
+    return nnx.split(nnx.eval_shape(lambda: _network(config, nnx.Rngs(0))))
 
 
-def init_weights(config: EncoderConfig, key: Array, names: tuple[str, ...] | None = None) -> dict[str, Array]:
+def init_weights(config: Config, key: Array, names: tuple[str, ...] | None = None) -> dict[str, Array]:
     """Freshly initialised weights, by dotted name; only those in ``names`` when given.
 
     The whole network is traced and the compiler drops what is not asked for, so a new head on a large model costs
@@ -59,13 +65,13 @@ def init_weights(config: EncoderConfig, key: Array, names: tuple[str, ...] | Non
 
     @jax.jit
     def init(key):
-        flat = flatten(nnx.state(Encoder(config, rngs=nnx.Rngs(params=key))))
+        flat = flatten(nnx.state(_network(config, nnx.Rngs(params=key))))
         return {name: leaf[...] for name, leaf in flat.items() if names is None or name in names}
 
     return init(key)
 
 
-def build(config: EncoderConfig, weights: Mapping[str, Array], **fields) -> Model:
+def build(config: Config, weights: Mapping[str, Array], **fields) -> Model:
     """A model from weights by dotted name.
 
     Raises:
@@ -85,12 +91,12 @@ def build(config: EncoderConfig, weights: Mapping[str, Array], **fields) -> Mode
     return Model(config, graphdef, map_named(lambda name, _: weights[name], base), **fields)
 
 
-def init_model(config: EncoderConfig, key: Array, **fields) -> Model:
+def init_model(config: Config, key: Array, **fields) -> Model:
     """A model with random weights (tests, baselines that start from scratch)."""
     return build(config, init_weights(config, key), **fields)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "taps", "remat", "unroll"))
+@partial(jax.jit, static_argnames=("graphdef", "taps", "remat", "unroll", "logits"))
 def forward(
     graphdef: nnx.GraphDef,
     base: nnx.State,
@@ -101,17 +107,22 @@ def forward(
     taps: bool = False,
     remat: bool = False,
     unroll: bool = False,
+    cache: Cache | None = None,
+    logits: bool = True,
 ) -> Output:
     """Run the network: a pure function of (base, lora, mask, batch); jit, vmap, grad as you like.
 
     Args:
         batch: ``input_ids`` and ``attention_mask``, int [B, T], as a Hugging Face tokenizer gives them;
-            ``token_type_ids`` if the model has types. Other entries (labels) are ignored.
+            ``token_type_ids`` if the model has types. A decoder takes all tokens as real when there is no mask, and
+            padding on either side. Other entries (labels) are ignored.
         lora: low-rank pairs and full deltas by site, see :mod:`mlfs_jax.lora`.
         mask: the subnet to run, see :func:`mlfs_jax.make_mask`; None runs the maxnet.
         taps: also return every layer's output.
         remat: recompute each layer in the backward pass instead of keeping its activations.
         unroll: unroll the scan over layers (``cost_analysis()`` counts the body of a scan once).
+        cache: of a decoder, see :func:`mlfs_jax.init_cache`: the batch holds the T next tokens only.
+        logits: False leaves out the head, whose logits may be the largest array of all.
 
     Raises:
         ConfigError: the adapter names a weight that the model does not have.
@@ -127,4 +138,6 @@ def forward(
     if deltas:
         base = map_named(lambda name, leaf: leaf[...] + deltas[name] if name in deltas else leaf[...], base)
     batch = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
-    return nnx.merge(graphdef, base)(batch, pairs, mask, taps=taps, remat=remat, unroll=unroll)
+    return nnx.merge(graphdef, base)(
+        batch, pairs, mask, taps=taps, remat=remat, unroll=unroll, cache=cache, logits=logits
+    )

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from mlfs_jax.backbone.layers import ACTIVATIONS, Embed, LayerNorm, Linear, weight
+from mlfs_jax.backbone.layers import ACTIVATIONS, Embed, Linear, Norm, weight
 from mlfs_jax.backbone.tree import Mask, Output, under
 from mlfs_jax.config import EncoderConfig
+from mlfs_jax.errors import ConfigError
 
 
 class Block(nnx.Module):
@@ -28,10 +29,10 @@ class Block(nnx.Module):
         self.k = Linear(embed, heads, stack=stack, rngs=rngs)
         self.v = Linear(embed, heads, stack=stack, rngs=rngs)
         self.o = Linear(heads, embed, stack=stack, rngs=rngs)
-        self.attn_norm = LayerNorm(embed, eps=config.norm_eps, stack=stack, rngs=rngs)
+        self.attn_norm = Norm(embed, eps=config.norm_eps, stack=stack, rngs=rngs)
         self.up = Linear(embed, mlp, stack=stack, rngs=rngs)
         self.down = Linear(mlp, embed, stack=stack, rngs=rngs)
-        self.mlp_norm = LayerNorm(embed, eps=config.norm_eps, stack=stack, rngs=rngs)
+        self.mlp_norm = Norm(embed, eps=config.norm_eps, stack=stack, rngs=rngs)
 
     def __call__(
         self,
@@ -61,7 +62,7 @@ class Embeddings(nnx.Module):
         self.tokens = Embed({"vocab": config.vocab_size}, table, rngs=rngs)
         self.positions = Embed({"positions": config.max_positions}, table, rngs=rngs)
         self.types = Embed({"types": config.type_vocab}, table, rngs=rngs) if config.type_vocab else None
-        self.norm = LayerNorm(table, eps=config.norm_eps, rngs=rngs)
+        self.norm = Norm(table, eps=config.norm_eps, rngs=rngs)
         self.proj = Linear(table, {"embed": config.embed}, rngs=rngs) if config.embedding_size else None
 
     def __call__(self, tokens: Int[Array, "B T"], types, lora: dict, keep) -> Float[Array, "B T D"]:
@@ -109,7 +110,7 @@ class MaskedLMHead(nnx.Module):
     def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
         self.activation, self.projected = config.head_activation, config.embedding_size is not None
         self.dense = Linear({"embed": config.embed}, config.table_dims, rngs=rngs)
-        self.norm = LayerNorm(config.table_dims, eps=config.norm_eps, rngs=rngs)
+        self.norm = Norm(config.table_dims, eps=config.norm_eps, rngs=rngs)
         self.bias = weight(nnx.initializers.zeros, [("vocab", config.vocab_size)], rngs)
 
     def __call__(self, x: Float[Array, "B T D"], lora: dict, keep, tokens: Embed) -> Float[Array, "B T V"]:
@@ -142,7 +143,20 @@ class Encoder(nnx.Module):
         self.head = HEADS[config.head](config, rngs=rngs) if config.head in HEADS else None
         self.pooler = Pooler(config, rngs=rngs) if config.pooler else None
 
-    def __call__(self, batch: dict, lora: dict, mask: Mask | None, *, taps: bool, remat: bool, unroll: bool) -> Output:
+    def __call__(
+        self,
+        batch: dict,
+        lora: dict,
+        mask: Mask | None,
+        *,
+        taps: bool = False,
+        remat: bool = False,
+        unroll: bool = False,
+        cache: None = None,
+        logits: bool = True,
+    ) -> Output:
+        if cache is not None:
+            raise ConfigError("an encoder has no key-value cache: it reads a whole text at once.")
         tokens = batch["input_ids"]
         keep = None if mask is None else mask.embed
         attend = batch["attention_mask"].astype(bool)[:, None, None, :]
@@ -168,5 +182,5 @@ class Encoder(nnx.Module):
             unroll=self.config.layers if unroll else 1,
         )
         top, name = (self.head, "head") if self.head is not None else (self.pooler, "pooler")
-        logits = None if top is None else top(x, under(lora, name), keep, self.embed.tokens)
-        return Output(logits=logits, hidden=x, taps=tapped)
+        found = top(x, under(lora, name), keep, self.embed.tokens) if logits and top is not None else None
+        return Output(logits=found, hidden=x, taps=tapped)

@@ -6,6 +6,8 @@ subnet masks, slicing, export and sharding look at: a new architecture declares 
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -47,7 +49,6 @@ def weight(init, dims: list[tuple[str, int]], rngs: nnx.Rngs, **meta) -> nnx.Par
 
 _normal = nnx.initializers.normal(0.02)
 _zeros = nnx.initializers.zeros
-_ones = nnx.initializers.ones
 
 
 @jax.custom_vjp
@@ -103,25 +104,49 @@ class Embed(nnx.Module):
         return self.table[...][ids]
 
 
-class LayerNorm(nnx.Module):
-    """Layer normalisation over the channels that a subnet keeps, in fp32.
+class Norm(nnx.Module):
+    """LayerNorm, RMSNorm or LayerNorm without parameters, over what a subnet keeps, in fp32.
 
-    ``keep`` is a 0/1 vector over channels. Mean and variance divide by the kept count, so that the masked norm equals
-    the norm of the physically sliced model; dropped channels come out as exact zeros.
+    ``keep`` is 0/1, of the normalised shape or broadcast to it. Mean and variance divide by the kept count, so that
+    the masked norm equals the norm of the physically sliced model; what is dropped comes out as exact zeros.
+
+    Args:
+        dims: shape of the scale; the last ``over`` of its axes are normalised together.
+        kind: "layer", "rms" or "none" (a "layer" norm that has no parameters).
+        offset: added to the scale (Gemma keeps scale - 1).
     """
 
-    def __init__(self, dims: Dims, *, eps: float, rngs: nnx.Rngs, stack: Dims | None = None):
+    def __init__(
+        self,
+        dims: Dims,
+        *,
+        eps: float,
+        rngs: nnx.Rngs,
+        stack: Dims | None = None,
+        kind: str = "layer",
+        bias: bool = True,
+        offset: float = 0.0,
+        over: int = 1,
+    ):
         shape = [*(stack or {}).items(), *dims.items()]
-        self.eps = eps
-        self.scale = weight(_ones, shape, rngs)
-        self.bias = weight(_zeros, shape, rngs)
+        self.eps, self.offset, self.centred = eps, offset, kind != "rms"
+        self.sizes = tuple(dims.values())[-over:]
+        init = nnx.initializers.constant(1.0 - offset)
+        self.scale = weight(init, shape, rngs) if kind != "none" else None
+        self.bias = weight(_zeros, shape, rngs) if bias and kind != "none" else None
 
-    def __call__(self, x: Float[Array, "... D"], keep: Float[Array, " D"] | None = None) -> Float[Array, "... D"]:
-        dtype, x = x.dtype, x.astype(jnp.float32)
-        count = x.shape[-1] if keep is None else keep.sum()
-        x = x if keep is None else x * keep
-        centred = x - x.sum(-1, keepdims=True) / count
-        centred = centred if keep is None else centred * keep
-        y = centred * jax.lax.rsqrt((centred**2).sum(-1, keepdims=True) / count + self.eps)
-        y = y * self.scale[...] + self.bias[...]
+    def __call__(self, x: Float[Array, "... D"], keep: Float[Array, "..."] | None = None) -> Float[Array, "... D"]:
+        dtype, x, axes = x.dtype, x.astype(jnp.float32), tuple(range(-len(self.sizes), 0))
+        count = math.prod(self.sizes)
+        if keep is not None:
+            keep = jnp.broadcast_to(keep, self.sizes)
+            count, x = keep.sum(), x * keep
+        if self.centred:
+            x = x - x.sum(axes, keepdims=True) / count
+            x = x if keep is None else x * keep
+        y = x * jax.lax.rsqrt((x**2).sum(axes, keepdims=True) / count + self.eps)
+        if self.scale is not None:
+            y = y * (self.scale[...] + self.offset)
+        if self.bias is not None:
+            y = y + self.bias[...]
         return (y if keep is None else y * keep).astype(dtype)

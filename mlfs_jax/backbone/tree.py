@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from mlfs_jax.backbone.cache import Cache
+
 STACKED = "layers"
 """Axis over which the blocks of a network are stacked and scanned, and the prefix of their names."""
 
@@ -37,21 +39,27 @@ class Mask:
         return Mask(jnp.broadcast_to(self.embed, (layers, *self.embed.shape)), self.heads, self.mlp, self.layers)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["logits", "hidden", "taps"], meta_fields=[])
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["logits", "hidden", "taps", "cache", "embedded"], meta_fields=[]
+)
 @dataclass(frozen=True)
 class Output:
     """What a forward pass gives.
 
     Attributes:
-        logits: [B, C] for a sequence head, [B, T, C] or [B, T, V] for a token or masked-LM head, the pooled [B, D] of
-            a model that has a pooler and no head, else None.
-        hidden: [B, T, D], the last layer's output.
+        logits: [B, C] for a sequence head, [B, T, C] or [B, T, V] for a token, masked-LM or LM head, the pooled [B, D]
+            of a model that has a pooler and no head, else None.
+        hidden: [B, T, D], the last layer's output; of a decoder, behind the final norm: what the head reads.
         taps: [L, B, T, D], every layer's output, when asked for (a skipped layer repeats its input).
+        cache: the key-value cache with the new tokens in it, when one was given.
+        embedded: [B, T, D], a decoder's input to its first layer, beside the taps.
     """
 
     logits: Array | None
     hidden: Float[Array, "B T D"]
     taps: Float[Array, "L B T D"] | None
+    cache: Cache | None = None
+    embedded: Float[Array, "B T D"] | None = None
 
 
 def flatten(base: nnx.State) -> dict[str, nnx.Param]:

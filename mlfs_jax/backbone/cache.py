@@ -1,0 +1,57 @@
+"""The key-value cache of a decoder: one stacked pytree, written by ``forward`` and donated from step to step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from mlfs_jax.config import DecoderConfig
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "valid", "length"], meta_fields=[])
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values of the tokens that each row has seen, in S slots a row.
+
+    Attributes:
+        k: [L, B, S, K, H], rotated already.
+        v: [L, B, S, K, H] (value channels, for latent attention).
+        valid: [B, S], whether a slot holds a real token; padding takes a slot, too.
+        length: [B], the next free slot. Positions count the valid slots before, so padding shifts none.
+    """
+
+    k: Float[Array, "L B S K H"]
+    v: Float[Array, "L B S K H"]
+    valid: Bool[Array, "B S"]
+    length: Int[Array, " B"]
+
+    @property
+    def capacity(self) -> int:
+        return self.valid.shape[1]
+
+
+def init_cache(config: DecoderConfig, batch: int, capacity: int, dtype=jnp.float32) -> Cache:
+    """An empty cache of ``capacity`` slots for each of ``batch`` rows."""
+    heads, value = config.kv_heads, config.head_dim
+    if config.latent is not None:  # kept expanded: every head has its own keys
+        heads, value = config.heads, config.latent.value
+    shape = (config.layers, batch, capacity, heads)
+    return Cache(
+        k=jnp.zeros((*shape, config.head_dim), dtype),
+        v=jnp.zeros((*shape, value), dtype),
+        valid=jnp.zeros((batch, capacity), bool),
+        length=jnp.zeros((batch,), jnp.int32),
+    )
+
+
+def write(slots: Array, new: Array, at: Int[Array, " B"]) -> Array:
+    """``slots`` [B, S, ...] with ``new`` [B, T, ...] at slots at[b] .. at[b] + T - 1 of row b.
+
+    A write that does not fit is the caller's to refuse: XLA would move it back to the last T slots.
+    """
+    one_row = lambda row, value, i: jax.lax.dynamic_update_slice_in_dim(row, value.astype(row.dtype), i, 0)  # noqa: E731
+    return jax.vmap(one_row)(slots, new, at)
