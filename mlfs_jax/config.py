@@ -134,6 +134,7 @@ class Latent:
         kv_rank: size of the latent that keys and values share.
         nope, rope: channels of a key head without and with rotary positions (the latter shared by all heads).
         value: channels of a value head.
+        norm_eps: of the norms of the latents (the other norms have the config's).
     """
 
     q_rank: int | None
@@ -141,6 +142,7 @@ class Latent:
     nope: int
     rope: int
     value: int
+    norm_eps: float = 1e-6
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,7 @@ class DecoderConfig:
         embedding_size: width E of the token table of a model that projects it, E -> D (OPT-350m); None: E is D.
         tied: the head is the token table, transposed; ``head_bias``: it has a bias (Phi).
         head: "lm", or "none" (hidden states).
-        latent: multi-head latent attention; None: ordinary.
+        latent: multi-head latent attention; None: ordinary. ``qkv_bias`` is then of the down projections.
         eos_token_ids: tokens that end a text.
     """
 

@@ -59,7 +59,6 @@ class Attention(nnx.Module):
         self.config = config
         stack, embed = {"layers": config.layers}, {"embed": config.embed}
         linear = lambda i, o, bias=False: Linear(i, o, stack=stack, bias=bias, rngs=rngs)  # noqa: E731
-        rms = lambda dims: Norm(dims, eps=config.norm_eps, stack=stack, kind="rms", bias=False, rngs=rngs)  # noqa: E731
         heads = {"heads": config.heads, "head_dim": config.head_dim}
         kv_heads = {"kv_heads": config.kv_heads, "head_dim": config.head_dim}
         if config.latent is None:
@@ -69,12 +68,13 @@ class Attention(nnx.Module):
             self.o = linear(heads, embed, config.o_bias)
         else:
             latent = config.latent
+            rms = lambda dims: Norm(dims, eps=latent.norm_eps, stack=stack, kind="rms", bias=False, rngs=rngs)  # noqa: E731
             q_latent, kv_latent = {"q_latent": latent.q_rank}, {"kv_latent": latent.kv_rank}
             if latent.q_rank is not None:
-                self.q_down, self.q_latent_norm = linear(embed, q_latent), rms(q_latent)
+                self.q_down, self.q_latent_norm = linear(embed, q_latent, config.qkv_bias), rms(q_latent)
             self.q = linear(embed if latent.q_rank is None else q_latent, heads)
-            self.kv_down, self.kv_latent_norm = linear(embed, kv_latent), rms(kv_latent)
-            self.k_rope = linear(embed, {"rope": latent.rope})
+            self.kv_down, self.kv_latent_norm = linear(embed, kv_latent, config.qkv_bias), rms(kv_latent)
+            self.k_rope = linear(embed, {"rope": latent.rope}, config.qkv_bias)
             self.kv_up = linear(kv_latent, {"heads": config.heads, "head_dim": latent.nope + latent.value})
             self.o = linear({"heads": config.heads, "head_dim": latent.value}, embed, config.o_bias)
         if config.qk_norm != "none":
