@@ -1,0 +1,364 @@
+"""GGUF files of the Llama and Qwen2 architectures -> Model, one tensor in memory at a time.
+
+A GGUF holds weights, shape, tokenizer and chat template in one file. :func:`read_gguf` makes a model of it;
+:func:`prepare_folder` a folder with the tokenizer files and config.json that everything else expects of a model.
+Names and meanings follow llama.cpp (gguf-py's constants.py, src/models/llama.cpp).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from mlfs_jax.backbone.tree import STACKED, flatten
+from mlfs_jax.config import DecoderConfig, Rope
+from mlfs_jax.errors import CheckpointError, ConfigError
+from mlfs_jax.hf.gguf_file import GGUFFile, open_gguf
+from mlfs_jax.hf.gguf_tokenizer import tokenizer_files
+from mlfs_jax.hf.table import LEAVES, hf_shape, to_ours
+from mlfs_jax.model import Model, abstract, build
+from mlfs_jax.registry import cache_dir
+
+ARCHITECTURES = ("llama", "qwen2")
+"""general.architecture that are built here; also names of our families."""
+
+SITES = {
+    "embed.tokens": "token_embd",
+    "layers.attn_norm": "blk.{layer}.attn_norm",
+    "layers.q": "blk.{layer}.attn_q",
+    "layers.k": "blk.{layer}.attn_k",
+    "layers.v": "blk.{layer}.attn_v",
+    "layers.o": "blk.{layer}.attn_output",
+    "layers.mlp_norm": "blk.{layer}.ffn_norm",
+    "layers.gate": "blk.{layer}.ffn_gate",
+    "layers.up": "blk.{layer}.ffn_up",
+    "layers.down": "blk.{layer}.ffn_down",
+    "norm": "output_norm",
+    "head": "output",
+}
+"""Our site -> llama.cpp's module."""
+
+ROPE_FREQS = "rope_freqs.weight"
+"""float [dim/2]: what each rotary frequency is divided by (Llama 3.1)."""
+
+FOLDER_VERSION = b"1"  # of what prepare_folder writes: a new number makes the folders anew
+
+
+def gguf_in(path: str | Path) -> Path | None:
+    """The GGUF file that ``path`` stands for: itself, or the only one of a folder without safetensors; else None.
+
+    Raises:
+        CheckpointError: the folder holds several.
+    """
+    path = Path(path).expanduser()
+    if path.suffix == ".gguf":
+        return path
+    if not path.is_dir() or any(path.glob("*.safetensors*")):
+        return None
+    files = sorted(path.glob("*.gguf"))
+    if len(files) > 1:
+        raise CheckpointError(f"{path} holds {len(files)} GGUF files, {_some(files)}: give the path of one of them.")
+    return files[0] if files else None
+
+
+def read_gguf(path: str | Path, *, head: str = "lm", dtype=jnp.float32, place=None, **fields) -> Model:
+    """The model in a GGUF file, dequantised.
+
+    Args:
+        head: "lm", or "none" (hidden states).
+        dtype: of the weights in memory.
+        place: called with each weight (numpy), its dotted name and axes; returns the array of the model. None:
+            ``jnp.asarray``.
+        fields: of :class:`mlfs_jax.model.Model`.
+
+    Raises:
+        CheckpointError: the file is no GGUF, cut short, or has a tensor missing, unknown, mis-shaped or of a type that
+            is not read; the message names it.
+        ConfigError: an architecture, a rope scaling or a switch that is not built here.
+    """
+    file = open_gguf(path)
+    config = config_of(file).replace(head=head)
+    names = {name: tensor_names(name, spec.axes, spec.shape) for name, spec in flatten(abstract(config)[1]).items()}
+    _account(file, config, {key for keys in names.values() for key in keys})
+    weights: dict[str, Array] = {}
+    for name, spec in flatten(abstract(config)[1]).items():
+        value = _read_weight(file, config, name, names[name], spec, np.dtype(dtype))
+        weights[name] = jnp.asarray(value) if place is None else place(value, name, spec.axes)
+    return build(config, weights, **({"name": file.path.stem} | fields))
+
+
+def config_of(file: GGUFFile) -> DecoderConfig:
+    """What network a file's metadata describes."""
+    meta = file.metadata
+    arch = meta.get("general.architecture")
+    if arch not in ARCHITECTURES:
+        near = difflib.get_close_matches(str(arch), ARCHITECTURES, n=1, cutoff=0.0)
+        raise ConfigError(
+            f"{file.path} is of the GGUF architecture {arch!r}; read here are {', '.join(ARCHITECTURES)} (nearest: "
+            f"{near[0]!r}). Other families are read from their Hugging Face checkpoints."
+        )
+    for key in ("expert_count", "attention.sliding_window", "attention.scale", "logit_scale", "residual_scale"):
+        if meta.get(f"{arch}.{key}"):
+            raise ConfigError(f"{file.path} has {arch}.{key} = {meta[f'{arch}.{key}']!r}, which is not built here.")
+    if meta.get(f"{arch}.attention.causal") is False:
+        raise ConfigError(f"{file.path} has {arch}.attention.causal = False: an encoder, expected a decoder.")
+
+    def field(key: str, kind: type = int, default=None):
+        value = meta.get(f"{arch}.{key}", default)
+        if isinstance(value, list) and value:
+            if any(v != value[0] for v in value):
+                raise ConfigError(f"{file.path}: {arch}.{key} differs between layers, {value}: not built here.")
+            value = value[0]
+        if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
+            raise CheckpointError(f"{file.path} has {arch}.{key} = {value!r}: expected a number.")
+        return kind(value)
+
+    embed, heads = field("embedding_length"), field("attention.head_count")
+    kv_heads = field("attention.head_count_kv", default=heads)
+    if min(heads, kv_heads, embed) < 1:
+        raise CheckpointError(f"{file.path}: {heads} heads, {kv_heads} kv heads, {embed} channels: expected some.")
+    head_dim = field("attention.key_length", default=embed // heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if field(key, default=head_dim) != head_dim:
+            raise ConfigError(f"{file.path}: {arch}.{key} is not the head size {head_dim}, as {arch} has it.")
+    if "token_embd.weight" not in file.tensors:
+        raise CheckpointError(f"{file.path} lacks the tensor token_embd.weight.")
+    context = field("context_length")
+    biased = [site for site in ("attn_q", "attn_output", "ffn_up") if f"blk.0.{site}.bias" in file.tensors]
+    eos = [meta.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot")]
+    pad = meta.get("tokenizer.ggml.padding_token_id", eos[0])
+    return DecoderConfig(
+        family=arch,
+        vocab_size=file.tensors["token_embd.weight"].shape[0],
+        embed=embed,
+        layers=field("block_count"),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        mlp=field("feed_forward_length"),
+        max_positions=context,
+        rope=_rope(file, field("rope.freq_base", float, 10_000.0), head_dim, context),
+        norm_eps=_short(field("attention.layer_norm_rms_epsilon", float)),
+        qkv_bias="attn_q" in biased,
+        o_bias="attn_output" in biased,
+        mlp_bias="ffn_up" in biased,
+        tied="output.weight" not in file.tensors,
+        pad_token_id=0 if pad is None else pad,
+        bos_token_id=meta.get("tokenizer.ggml.bos_token_id"),
+        eos_token_ids=tuple(dict.fromkeys(e for e in eos if e is not None)),
+    )
+
+
+def _rope(file: GGUFFile, theta: float, dim: int, context: int) -> Rope:
+    arch = file.metadata["general.architecture"]
+
+    def scaling(key, default=None):
+        return file.metadata.get(f"{arch}.rope.scaling.{key}", default)
+
+    kind = scaling("type", "linear")  # llama.cpp's default, with factor 1
+    factor = scaling("factor", file.metadata.get(f"{arch}.rope.scale_linear")) or 1.0
+    rope = Rope(theta=_short(theta), dim=dim)
+    if kind not in ("none", "linear", "yarn"):
+        raise ConfigError(
+            f"{file.path}: rope scaling {kind!r} of a GGUF is not built here; linear, yarn and llama3 are."
+        )
+    if ROPE_FREQS in file.tensors:
+        if kind == "yarn" or factor != 1.0:
+            raise ConfigError(f"{file.path} has {ROPE_FREQS} and rope scaling {kind!r}: one of them is built here.")
+        return llama3_rope(file.read(ROPE_FREQS).astype(np.float64), rope)
+    if kind == "yarn":
+        if scaling("yarn_ext_factor", 1.0) != 1.0 or scaling("yarn_log_multiplier"):
+            raise ConfigError(f"{file.path}: yarn with yarn_ext_factor or yarn_log_multiplier is not built here.")
+        extra = scaling("yarn_attn_factor", 1.0) * scaling("attn_factor", 1.0)
+        return dataclasses.replace(
+            rope,
+            scaling="yarn",
+            factor=_short(factor),
+            original_positions=scaling("original_context_length", context),
+            beta_fast=_short(scaling("yarn_beta_fast", 32.0)),
+            beta_slow=_short(scaling("yarn_beta_slow", 1.0)),
+            attention_factor=None if extra == 1.0 else extra * (0.1 * math.log(factor) + 1.0),
+        )
+    if kind == "linear" and factor != 1.0:
+        return dataclasses.replace(rope, scaling="linear", factor=_short(factor))
+    return rope
+
+
+def llama3_factors(rope: Rope) -> Float[np.ndarray, "F"]:
+    """What Llama 3.1's scaling divides each of the dim/2 frequencies by (transformers, modeling_rope_utils.py)."""
+    turns = rope.original_positions * rope.theta ** (-np.arange(0, rope.dim, 2) / rope.dim) / (2 * np.pi)
+    smooth = np.clip((turns - rope.low_freq) / (rope.high_freq - rope.low_freq), 0.0, 1.0)
+    return 1.0 / ((1.0 - smooth) / rope.factor + smooth)
+
+
+def llama3_rope(factors: Float[np.ndarray, "F"], rope: Rope) -> Rope:
+    """The Llama 3.1 scaling whose factors these are: a GGUF holds them instead of its four constants.
+
+    Between its ends 1/factor is linear in the turns that a frequency makes over the original context. Its slope and
+    intercept give the constants but for their common unit: low_freq is taken as 1, as Meta does.
+
+    Raises:
+        ConfigError: they are of another kind.
+    """
+    if rope.dim != 2 * len(factors):
+        raise ConfigError(
+            f"{ROPE_FREQS} has {len(factors)} entries: expected one for each of {rope.dim // 2} frequencies."
+        )
+    if np.all(factors == 1.0):
+        return rope
+    scaled = dataclasses.replace(rope, scaling="llama3", factor=_short(factors.max()), original_positions=8192)
+    between = (factors > 1.0) & (factors < factors.max())
+    if between.sum() > 1:
+        smooth = (1.0 / factors[between] - 1.0 / factors.max()) / (1.0 - 1.0 / factors.max())
+        unit = rope.theta ** (-np.arange(0, rope.dim, 2) / rope.dim)[between] / (2 * np.pi)
+        slope, intercept = np.polyfit(unit, smooth, 1)
+        scaled = dataclasses.replace(
+            scaled, original_positions=max(1, round(-slope / intercept)), high_freq=round(1.0 - 1.0 / intercept, 4)
+        )
+    if not np.allclose(llama3_factors(scaled), factors, rtol=1e-4):
+        raise ConfigError(f"{ROPE_FREQS} is no Llama 3 rope scaling; another kind is not built here.")
+    return scaled
+
+
+def _short(value: float) -> float:
+    """The shortest decimal number that is this float32: 1e-05 rather than 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
+def tensor_names(name: str, axes: tuple[str, ...], shape: tuple[int, ...]) -> list[str]:
+    """The tensors that hold our weight ``name``: one, or one for each layer."""
+    site, _, leaf = name.rpartition(".")
+    tensor = f"{SITES[site]}.{LEAVES[leaf]}"
+    return [tensor.format(layer=i) for i in range(shape[0])] if axes[0] == STACKED else [tensor]
+
+
+def _account(file: GGUFFile, config: DecoderConfig, wanted: set[str]) -> None:
+    """Every tensor of the file has a place, and every weight its tensor."""
+    known = wanted | {ROPE_FREQS, "output.weight"}  # output: not wanted with head "none"
+    strange = sorted(file.tensors.keys() - known)
+    missing = sorted(wanted - file.tensors.keys())
+    for what, names in (("lacks", missing), ("has tensors that are not built here:", strange)):
+        if names:
+            raise CheckpointError(f"{file.path} ({config.family}) {what} {_some(names)} ({len(names)} in all).")
+
+
+def _read_weight(file: GGUFFile, config: DecoderConfig, name: str, keys: list[str], spec, dtype) -> np.ndarray:
+    stacked = spec.axes[0] == STACKED
+    expected = hf_shape(name, spec.axes, spec.shape)
+    value = np.empty(spec.shape, dtype)
+    layer_axes, layer_shape = (spec.axes[1:], spec.shape[1:]) if stacked else (spec.axes, spec.shape)
+    for i, key in enumerate(keys):
+        tensor = file.tensors[key]
+        if tensor.shape != expected:
+            raise CheckpointError(f"{key} in {file.path} has shape {tensor.shape}; its metadata make it {expected}.")
+        theirs = file.read(key)
+        if permuted(config.family, name):
+            theirs = unpermute(theirs, config.heads if name.startswith("layers.q.") else config.kv_heads)
+        value[i if stacked else ...] = to_ours(name, layer_axes, layer_shape, [theirs])
+    return value
+
+
+def permuted(arch: str, name: str) -> bool:
+    """Whether llama.cpp has the rows of this weight in another order: channels that turn together side by side."""
+    return arch == "llama" and name.startswith(("layers.q.", "layers.k."))
+
+
+def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp's order of the [heads * head_dim, ...] rows of Q or K -> Hugging Face's."""
+    return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def permute(rows: np.ndarray, heads: int) -> np.ndarray:
+    """The inverse of :func:`unpermute`."""
+    return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def prepare_folder(path: str | Path, *, cache: str | Path | None = None) -> Path:
+    """A folder with config.json, tokenizer.json and tokenizer_config.json of a GGUF file; made once, in one rename.
+
+    It also links to the file (``model.gguf``), so it is a model folder like any other.
+
+    Args:
+        cache: where to keep it; None: the package's cache.
+
+    Raises:
+        CheckpointError: the file cannot be read, or its tokenizer is missing or not of a kind that is read here.
+    """
+    file = open_gguf(path)
+    target_file = file.path.resolve()
+    digest = hashlib.sha256(FOLDER_VERSION + os.fsencode(target_file) + file.header).hexdigest()[:12]
+    root = Path(cache).expanduser() if cache is not None else cache_dir() / "gguf"
+    folder = root / f"{target_file.stem}-{digest}"
+    if folder.is_dir():
+        return folder
+    files = {"config.json": hf_config(config_of(file)), **tokenizer_files(file.metadata, file.path)}
+    root.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=".tmp-", dir=root))
+    try:
+        fresh.chmod(0o755)
+        for name, content in files.items():
+            (fresh / name).write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        (fresh / "model.gguf").symlink_to(target_file)
+        try:
+            fresh.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster: its files are as good
+                raise
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return folder
+
+
+def hf_config(config: DecoderConfig) -> dict:
+    """config.json of a model read from a GGUF."""
+    rope = config.rope
+    scaling = {"rope_type": "default" if rope.scaling == "none" else rope.scaling, "rope_theta": rope.theta}
+    if rope.scaling != "none":
+        scaling["factor"] = rope.factor
+    if rope.scaling in ("llama3", "yarn"):
+        scaling["original_max_position_embeddings"] = rope.original_positions
+    if rope.scaling == "llama3":
+        scaling |= {"low_freq_factor": rope.low_freq, "high_freq_factor": rope.high_freq}
+    if rope.scaling == "yarn":
+        scaling |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow}
+        if rope.attention_factor is not None:
+            scaling["attention_factor"] = rope.attention_factor
+    return {
+        "architectures": [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[config.family]],
+        "model_type": config.family,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.embed,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.mlp,
+        "max_position_embeddings": config.max_positions,
+        "rope_parameters": scaling,
+        "rms_norm_eps": config.norm_eps,
+        "hidden_act": config.activation,
+        "attention_bias": config.qkv_bias,
+        "mlp_bias": config.mlp_bias,
+        "tie_word_embeddings": config.tied,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": list(config.eos_token_ids)
+        if len(config.eos_token_ids) > 1
+        else (*config.eos_token_ids, None)[0],
+        "pad_token_id": config.pad_token_id,
+    }
+
+
+def _some(items) -> str:
+    items = [getattr(item, "name", item) for item in items]
+    return ", ".join(items[:8]) + (", ..." if len(items) > 8 else "")

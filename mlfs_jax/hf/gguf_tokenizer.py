@@ -1,0 +1,186 @@
+"""Tokenizers between GGUF metadata and Hugging Face's tokenizer.json; chat templates too.
+
+A GGUF says which tokens, merges and scores there are; how text is cut before merging has only a name,
+``tokenizer.ggml.pre``, whose meaning is in llama.cpp's source (src/llama-vocab.cpp). Two kinds are known here: "gpt2",
+byte-level BPE, and "llama", SentencePiece's BPE, which stands in tokenizer.json as BPE with byte fallback.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mlfs_jax.errors import CheckpointError
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+"""Token types of a GGUF."""
+
+CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+WORDS = r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def _byte_level(use_regex: bool) -> dict:
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
+
+
+def _split(regex: str) -> dict:
+    split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+    return {"type": "Sequence", "pretokenizers": [split, _byte_level(False)]}
+
+
+DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, _byte_level(True)]}
+
+PRE_TOKENIZERS = {
+    "gpt-2": _byte_level(True),
+    "smollm": DIGITS,
+    "llama-bpe": _split(CONTRACTIONS + WORDS % "{1,3}"),
+    "qwen2": _split(CONTRACTIONS + WORDS % ""),
+}
+"""tokenizer.ggml.pre -> pre_tokenizer of tokenizer.json, as the models' own files have it."""
+
+SAME_AS = {
+    "llama3": "llama-bpe",
+    "llama-v3": "llama-bpe",
+    "deepseek-r1-qwen": "qwen2",
+    "phi-2": "gpt-2",
+    "starcoder": "smollm",
+}
+"""Names that mean the same cut."""
+
+WHOLE_WORDS = ("llama-bpe",)  # a word that is a token is that token, whatever the merges say
+NORMALIZED = ("qwen2",)  # its own tokenizer.json composes characters (NFC) first; llama.cpp does not
+
+SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "sep": "seperator"}  # sic
+"""Hugging Face's name of a special token -> the GGUF's."""
+
+
+def tokenizer_files(meta: dict[str, object], path: Path) -> dict[str, dict]:
+    """tokenizer.json and tokenizer_config.json of a GGUF's metadata.
+
+    Raises:
+        CheckpointError: there is no tokenizer, it lacks a part, or it is of a kind that is not read here.
+    """
+    kind, tokens = meta.get("tokenizer.ggml.model"), meta.get("tokenizer.ggml.tokens")
+    if kind is None or not tokens:
+        raise CheckpointError(f"{path} has no tokenizer (no tokenizer.ggml.model and tokens): take a complete file.")
+    if kind not in ("gpt2", "llama"):
+        raise CheckpointError(
+            f"{path} has a tokenizer of the kind {kind!r}; read here are 'gpt2' (byte-level BPE) and 'llama' "
+            "(SentencePiece BPE). Give the tokenizer files of its Hugging Face checkpoint instead."
+        )
+    types = meta.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
+    if len(types) != len(tokens):
+        raise CheckpointError(f"{path} has {len(tokens)} tokens and {len(types)} token types: expected as many.")
+    build = _byte_level_json if kind == "gpt2" else _sentencepiece_json
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            _added(i, token, special=kind != USER_DEFINED)
+            for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
+            if kind in (CONTROL, USER_DEFINED, UNKNOWN)
+        ],
+    } | build(meta, tokens, path)
+    special = {}
+    for ours, theirs in SPECIAL.items():
+        i = meta.get(f"tokenizer.ggml.{theirs}_token_id")
+        if i is not None and i >= len(tokens):
+            raise CheckpointError(f"{path}: tokenizer.ggml.{theirs}_token_id = {i}, of {len(tokens)} tokens.")
+        special[ours] = i
+    tokenizer["post_processor"] = _post_processor(meta, tokens, special, kind)
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    config |= {f"{name}_token": tokens[i] for name, i in special.items() if i is not None}
+    context = meta.get(f"{meta.get('general.architecture')}.context_length")
+    if context is not None:
+        config["model_max_length"] = context
+    if meta.get("tokenizer.chat_template") is not None:
+        config["chat_template"] = meta["tokenizer.chat_template"]
+    return {"tokenizer.json": tokenizer, "tokenizer_config.json": config}
+
+
+def _added(i: int, token: str, *, special: bool) -> dict:
+    edges = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": i, "content": token, **edges, "special": special}
+
+
+def _byte_level_json(meta: dict, tokens: list[str], path: Path) -> dict:
+    name = meta.get("tokenizer.ggml.pre", "default")
+    pre = SAME_AS.get(name, name)
+    if pre not in PRE_TOKENIZERS:
+        raise CheckpointError(
+            f"{path}: its tokenizer cuts text as {name!r}; known here are {', '.join([*PRE_TOKENIZERS, *SAME_AS])}. "
+            "Give the tokenizer files of its Hugging Face checkpoint instead."
+        )
+    merges = meta.get("tokenizer.ggml.merges")
+    if merges is None:
+        raise CheckpointError(f"{path} has no tokenizer.ggml.merges, which a 'gpt2' tokenizer needs.")
+    return {
+        "normalizer": {"type": "NFC"} if pre in NORMALIZED else None,
+        "pre_tokenizer": PRE_TOKENIZERS[pre],
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": _bpe(tokens, [merge.split(" ", 1) for merge in merges], ignore_merges=pre in WHOLE_WORDS),
+    }
+
+
+def _sentencepiece_json(meta: dict, tokens: list[str], path: Path) -> dict:
+    """SentencePiece joins the pair whose joint piece scores highest: the order of the scores is that of the merges."""
+    scores = meta.get("tokenizer.ggml.scores")
+    if scores is None or len(scores) != len(tokens):
+        raise CheckpointError(f"{path} has no tokenizer.ggml.scores for each token, which a 'llama' tokenizer needs.")
+    types = meta.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
+    ids = {token: i for i, token in enumerate(tokens) if types[i] in (NORMAL, UNUSED)}
+    pairs = [
+        (-scores[i], ids[left], ids[right], left, right)
+        for token, i in ids.items()
+        for left, right in ((token[:cut], token[cut:]) for cut in range(1, len(token)))
+        if left in ids and right in ids
+    ]
+    space = [{"type": "Prepend", "prepend": "▁"}] if meta.get("tokenizer.ggml.add_space_prefix", True) else []
+    unknown = meta.get("tokenizer.ggml.unknown_token_id", 0)
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if space else []
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    back = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+    return {
+        "normalizer": {"type": "Sequence", "normalizers": [*space, replace]},
+        "pre_tokenizer": None,
+        "decoder": {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
+        "model": _bpe(
+            tokens, [[left, right] for *_, left, right in sorted(pairs)], unk=tokens[unknown], byte_fallback=True
+        ),
+    }
+
+
+def _bpe(tokens, merges, *, unk: str | None = None, byte_fallback=False, ignore_merges=False) -> dict:
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": unk,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": byte_fallback,
+        "byte_fallback": byte_fallback,
+        "ignore_merges": ignore_merges,
+        "vocab": {token: i for i, token in enumerate(tokens)},
+        "merges": merges,
+    }
+
+
+def _post_processor(meta: dict, tokens: list[str], special: dict[str, int | None], kind: str) -> dict | None:
+    pre = meta.get("tokenizer.ggml.pre")
+    add_bos = meta.get("tokenizer.ggml.add_bos_token", kind == "llama" or SAME_AS.get(pre, pre) == "llama-bpe")
+    add_eos = meta.get("tokenizer.ggml.add_eos_token", False)
+    single: list[dict] = [{"Sequence": {"id": "A", "type_id": 0}}]
+    pair: list[dict] = [{"Sequence": {"id": "B", "type_id": 1}}]
+    used = {}
+    for name, wanted, put in (
+        ("bos", add_bos, lambda part, x: [x, *part]),
+        ("eos", add_eos, lambda part, x: [*part, x]),
+    ):
+        if wanted and special[name] is not None:
+            token = tokens[special[name]]
+            used[token] = {"id": token, "ids": [special[name]], "tokens": [token]}
+            single = put(single, {"SpecialToken": {"id": token, "type_id": 0}})
+            pair = put(pair, {"SpecialToken": {"id": token, "type_id": 1}})
+    if not used:
+        return None
+    return {"type": "TemplateProcessing", "single": single, "pair": single + pair, "special_tokens": used}
