@@ -1,6 +1,10 @@
-"""Metrics in NumPy: each takes (predictions [N], labels [N]) and returns a float; higher is better."""
+"""Metrics: each takes (predictions [N], labels [N]) and returns a float; higher is better, but for perplexity.
 
-from collections.abc import Callable
+Those of language take other pairs: perplexity summed losses and token counts, rouge texts and reference texts.
+"""
+
+import re
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -10,9 +14,7 @@ from mlfs_jax.errors import DataError, unknown
 def _pair(predictions, labels) -> tuple[np.ndarray, np.ndarray]:
     p, y = np.asarray(predictions), np.asarray(labels)
     if p.shape != y.shape or p.ndim != 1 or p.size == 0:
-        raise DataError(
-            f"a metric needs two non-empty vectors of one length, got shapes {p.shape} and {y.shape}."
-        )
+        raise DataError(f"a metric needs two non-empty vectors of one length, got shapes {p.shape} and {y.shape}.")
     return p, y
 
 
@@ -74,6 +76,60 @@ def _ranks(v: np.ndarray) -> np.ndarray:
     return (last - (counts - 1) / 2)[inverse]
 
 
+def perplexity(nll, tokens) -> float:
+    """exp(sum(nll) / sum(tokens)), at least 1; lower is better.
+
+    `nll` are summed negative log-likelihoods in nats, `tokens` how many tokens each is summed over: two numbers, or two
+    vectors with an entry for each batch. They are added in float64.
+    """
+    total, count = np.sum(nll, dtype=np.float64), np.sum(tokens, dtype=np.float64)
+    if np.shape(nll) != np.shape(tokens) or not count > 0:
+        raise DataError(
+            f"perplexity needs losses and how many tokens they are of, got shapes {np.shape(nll)} and "
+            f"{np.shape(tokens)}, {count:g} tokens."
+        )
+    return float(np.exp(total / count))
+
+
+class _Words:
+    """rouge-score's default tokens (lower case, letters and digits), without its loss of all letters but a to z."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return re.findall(r"[^\W_]+", text.lower())
+
+
+def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """Mean F-measures {"rouge1", "rouge2", "rougeL"} of texts against their references, in [0, 1] (Lin 2004).
+
+    As the rouge-score package computes them, with no stemming: it would be English only. An empty text scores 0.
+    """
+    from rouge_score.rouge_scorer import RougeScorer  # imports nltk: about as long as the rest of the package
+
+    if isinstance(predictions, str) or len(predictions) != len(references) or not len(references):
+        raise DataError(
+            f"rouge needs as many texts as references and at least one, got {len(predictions)} and {len(references)}."
+        )
+    scorer = RougeScorer(list(ROUGES), tokenizer=_Words())
+    scores = [scorer.score(reference, text) for text, reference in zip(predictions, references, strict=True)]
+    return {name: float(np.mean([score[name].fmeasure for score in scores])) for name in ROUGES}
+
+
+def rouge1(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """Share of common words, as mean F-measure in [0, 1]; see `rouge`."""
+    return rouge(predictions, references)["rouge1"]
+
+
+def rouge2(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """Share of common pairs of neighbouring words, as mean F-measure in [0, 1]; see `rouge`."""
+    return rouge(predictions, references)["rouge2"]
+
+
+def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """Longest common subsequence of words, as mean F-measure in [0, 1]; see `rouge`."""
+    return rouge(predictions, references)["rougeL"]
+
+
+ROUGES = ("rouge1", "rouge2", "rougeL")
 METRICS: dict[str, Callable[..., float]] = {
     "accuracy": accuracy,
     "f1": f1,
@@ -81,7 +137,12 @@ METRICS: dict[str, Callable[..., float]] = {
     "matthews": matthews,
     "pearson": pearson,
     "spearman": spearman,
+    "perplexity": perplexity,
+    "rouge1": rouge1,
+    "rouge2": rouge2,
+    "rougeL": rouge_l,
 }
+LOWER_IS_BETTER = frozenset({"perplexity"})
 
 
 def get_metric(name: str) -> Callable[..., float]:

@@ -11,6 +11,7 @@ from mlfs_jax import metrics, registry
 from mlfs_jax.data import files
 from mlfs_jax.data.examples import Examples, split_by_hash
 from mlfs_jax.data.glue import GLUE, read_glue
+from mlfs_jax.data.language import LANGUAGE
 from mlfs_jax.errors import ConfigError, DataError, unknown
 
 __all__ = ["Examples", "Task", "get_task", "task_names"]
@@ -29,6 +30,15 @@ WIKI_TOPICS = (
     "Technology",
 )
 
+# The first is a task's own metric where nothing else is said.
+_CLASSES, _SCORES = ("accuracy", "f1", "f1_macro", "matthews"), ("pearson", "spearman")
+PROBLEM_METRICS: dict[str, tuple[str, ...]] = {
+    "classification": (*_CLASSES, *_SCORES),  # correlation of class numbers: for ordered ones
+    "regression": _SCORES,
+    "lm": ("perplexity",),
+    "seq2seq": ("rougeL", "rouge1", "rouge2", "perplexity"),
+}
+
 
 @dataclass(frozen=True)
 class Task:
@@ -36,26 +46,35 @@ class Task:
 
     name: str
     read: Callable[[], dict[str, Examples]]
-    problem: str  # "classification" | "regression"
-    labels: tuple[str, ...]  # class names in index order; () for regression
-    metric: str  # a name in metrics.METRICS
+    problem: str  # "classification" | "regression" | "lm" (running text) | "seq2seq" (prompt -> completion)
+    labels: tuple[str, ...]  # class names in index order; () for all but classification
+    metric: str  # a name in metrics.METRICS, one that the problem can be measured by
     max_length: int  # tokens; longer texts are cut
     description: str = ""
+    template: str = ""  # seq2seq: how a prompt is written around its {text}; "" for prompts as they stand
+    max_completion: int = 0  # seq2seq: the most tokens of a completion, end-of-text included
 
     def __post_init__(self):
-        if self.problem not in ("classification", "regression"):
-            raise ConfigError(f"problem is {self.problem!r}; expected 'classification' or 'regression'.")
+        if self.problem not in PROBLEM_METRICS:
+            raise ConfigError(f"problem is {self.problem!r}; expected one of {', '.join(PROBLEM_METRICS)}.")
         metrics.get_metric(self.metric)
+        if self.metric not in PROBLEM_METRICS[self.problem]:
+            raise ConfigError(
+                f"metric is {self.metric!r}; a {self.problem} task is measured by one of "
+                f"{', '.join(PROBLEM_METRICS[self.problem])}."
+            )
+        if self.problem == "seq2seq" and self.max_completion < 2:
+            raise ConfigError(f"max_completion is {self.max_completion}; expected at least 2 tokens.")
 
     @property
     def num_labels(self) -> int:
-        """C, the width of the model's output: the number of classes, or 1 for regression."""
-        return len(self.labels) if self.problem == "classification" else 1
+        """C, the width of the model's head: the number of classes, 1 for regression, 0 for language (no such head)."""
+        return {"classification": len(self.labels), "regression": 1}.get(self.problem, 0)
 
 
 def task_names() -> tuple[str, ...]:
     """The names `get_task` knows; paths of .jsonl and .csv files, and folders of them, come on top."""
-    return ("wiki-topic", "movie", *GLUE)
+    return ("wiki-topic", "movie", *GLUE, *LANGUAGE)
 
 
 def get_task(
@@ -110,6 +129,19 @@ def get_task(
             spec.metric,
             128,
             spec.description,
+        )
+    elif name in LANGUAGE:
+        language = LANGUAGE[name]
+        task = Task(
+            name,
+            language.read,
+            language.problem,
+            (),
+            PROBLEM_METRICS[language.problem][0],
+            language.max_length,
+            language.description,
+            language.template,
+            language.max_completion,
         )
     elif path.is_file() or path.is_dir() or path.suffix in files.READERS:
         task = _file_task(path, problem, labels)

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from mlfs_jax import registry
 from mlfs_jax.data import Batches, Encoded, Examples, encode, eval_batches, get_task, load_task, task_names
 from mlfs_jax.data.batches import buckets_up_to
-from mlfs_jax.data.encode import load_tokenizer
 from mlfs_jax.data.examples import split_by_hash
 from mlfs_jax.data.glue import GLUE, read_glue
+from mlfs_jax.data.tokenizer import load_tokenizer
 from mlfs_jax.errors import ConfigError, DataError, DownloadError, UnknownNameError
 
 

@@ -1,0 +1,100 @@
+"""What a model's folder says about its text: the tokenizer, the special tokens, the room for positions."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from mlfs_jax.errors import ConfigError, DataError
+
+CHUNK = 4096  # texts tokenized at once: the tokenizer's own objects are 100 times larger than the ids
+
+
+def load_tokenizer(model_dir: str | Path):
+    """The `tokenizers.Tokenizer` of a model folder, with neither padding nor truncation switched on.
+
+    Read from tokenizer.json directly: transformers would import torch where it is installed. Only a folder
+    without tokenizer.json (vocab.txt, merges.txt, ...) goes through transformers' conversion.
+    """
+    from tokenizers import Tokenizer
+
+    folder = Path(model_dir)
+    file = folder / "tokenizer.json"
+    try:
+        if file.is_file():
+            tokenizer = Tokenizer.from_file(str(file))
+        else:
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(str(folder)).backend_tokenizer
+    except Exception as e:  # the Rust side raises plain Exception
+        raise DataError(
+            f"{folder} has no usable tokenizer: {type(e).__name__}: {e}. Expected tokenizer.json, "
+            "or the vocabulary files of a tokenizer that transformers can convert."
+        ) from e
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def model_config(model_dir: str | Path) -> dict:
+    """config.json of a model folder."""
+    file = Path(model_dir) / "config.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise DataError(f"{file} cannot be read: {e}. Expected the folder of a Hugging Face model.") from e
+
+
+def check_length(config: dict, max_length: int) -> None:
+    """Raise `ConfigError` for a max_length that the model of this config.json has no positions for."""
+    room = positions(config)
+    if not 4 <= max_length <= room:
+        raise ConfigError(f"max_length is {max_length}; expected 4 to {room}, the positions the model has.")
+
+
+def positions(config: dict) -> int:
+    """Tokens a model can take: RoBERTa's table has pad_token_id + 1 rows that no token uses."""
+    names = ("max_position_embeddings", "n_positions", "seq_length")  # of most, of GPT-2, of Bloom
+    unbounded = 2048 if config.get("model_type") == "bloom" else 512  # ALiBi has no end; Bloom was trained to 2048
+    rows = next((config[name] for name in names if config.get(name)), unbounded)
+    roberta = config.get("model_type") in ("roberta", "xlm-roberta", "camembert")
+    return rows - (config.get("pad_token_id", 1) + 1 if roberta else 0)
+
+
+class Specials(NamedTuple):
+    """The special tokens of a language model."""
+
+    prefix: tuple[int, ...]  # what its tokenizer puts before a text (beginning-of-text); often nothing
+    eos: int  # ends a text
+    pad: int  # fills up batches; the eos where the model has none
+
+
+def specials(model_dir: str | Path) -> Specials:
+    """Read from config.json, or tokenizer_config.json where that is silent, and from what the tokenizer adds.
+
+    Raises `ConfigError` for a model without an end-of-text token: it is no language model.
+    """
+    config, tokenizer = model_config(model_dir), load_tokenizer(model_dir)
+    eos = config.get("eos_token_id")
+    if isinstance(eos, list):  # several tokens may end a turn; the first ends a text
+        eos = eos[0] if eos else None
+    if eos is None:
+        eos = _eos_by_name(Path(model_dir) / "tokenizer_config.json", tokenizer)
+    if eos is None:
+        raise ConfigError(
+            f"{model_dir} names no end-of-text token (eos_token_id in config.json or eos_token in "
+            "tokenizer_config.json); language tasks need a causal language model."
+        )
+    pad = config.get("pad_token_id")
+    added = tokenizer.encode("a")
+    first = next(i for i, special in enumerate([*added.special_tokens_mask, 0]) if not special)
+    return Specials(tuple(added.ids[:first]), eos, eos if pad is None or pad < 0 else pad)
+
+
+def _eos_by_name(file: Path, tokenizer) -> int | None:
+    try:
+        token = json.loads(file.read_text(encoding="utf-8")).get("eos_token")
+    except (OSError, ValueError):
+        return None
+    token = token.get("content") if isinstance(token, dict) else token
+    return None if token is None else tokenizer.token_to_id(token)
