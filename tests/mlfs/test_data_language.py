@@ -217,7 +217,7 @@ def test_a_long_prompt_loses_the_end_of_its_text(model, room):
     encoded = encode_seq2seq(Examples([text], tails=[tail], completions=[" yes"]), model, room + 8, 8)
     prompt = tokenizer.decode(row(encoded, 0)[: encoded.starts[0]])
     assert prompt.endswith(tail) and text.startswith(prompt.removesuffix(tail)) and len(prompt) > len(tail)
-    assert room - 5 <= encoded.starts[0] <= room  # all the room, but that a space and an emoji are 5 tokens
+    assert room - 8 <= encoded.starts[0] <= room  # all the room, but for an emoji: several tokens, all or none
     assert row(encoded, 0)[: encoded.starts[0]] == tokenizer.encode(prompt).ids
     assert tokenizer.decode(row(encoded, 0)[encoded.starts[0] :]) == " yes"
 
