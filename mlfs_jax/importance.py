@@ -17,8 +17,10 @@ from flax import nnx
 from jaxtyping import Float, Int
 
 from mlfs_jax.backbone.tree import flatten, map_named
+from mlfs_jax.config import Config
 from mlfs_jax.lora import Lora, lora_axes
-from mlfs_jax.model import Model
+from mlfs_jax.model import Model, forward
+from mlfs_jax.subnet import kv_group
 
 
 @dataclass(frozen=True)
@@ -73,15 +75,18 @@ def measure_importance(
 
     @jax.jit
     def scores(base, batch):
-        grads = jax.grad(loss)(base, batch)
-        totals = dict.fromkeys(AXES, 0.0)
-        grads = flatten(grads)
+        grads = flatten(jax.grad(loss)(base, batch))
+        totals = dict.fromkeys((*AXES, "kv_heads"), 0.0)
         for name, leaf in flatten(base).items():
             salience = jnp.abs(leaf[...] * grads[name][...])
             for position, axis in enumerate(leaf.axes):
-                if axis in totals:  # scores are [axis] for embed and layers, [layers, axis] for heads and mlp
+                if axis in totals:  # scores are [axis] for embed and layers, [layers, axis] for the others
                     held = {position} if axis == "embed" else {0, position}
                     totals[axis] += salience.sum([i for i in range(salience.ndim) if i not in held])
+        shared = jnp.asarray(totals.pop("kv_heads"))  # a key-value head counts for the query heads that share it
+        if shared.ndim:
+            group = totals["heads"].shape[1] // shared.shape[1]
+            totals["heads"] += jnp.repeat(shared / group, group, 1)
         return totals
 
     total = None
@@ -91,18 +96,51 @@ def measure_importance(
     return Importance(**total)
 
 
-def importance_order(importance: Importance) -> Order:
-    """Most important first along every axis; ties keep their place."""
+def importance_order(importance: Importance, config: Config) -> Order:
+    """Most important first along every axis; ties keep their place.
+
+    Query heads that share a key-value head move as one group, by their sum. ALiBi heads stay where they are: their
+    slope comes from their place.
+    """
     first = lambda scores: np.argsort(-scores, axis=-1, kind="stable").astype(np.int32)  # noqa: E731
-    return Order(*(first(getattr(importance, axis)) for axis in AXES))
+    order = {axis: first(getattr(importance, axis)) for axis in AXES}
+    L, N = importance.heads.shape
+    if getattr(config, "alibi_heads", 0):
+        order["heads"] = np.broadcast_to(np.arange(N, dtype=np.int32), (L, N))
+    elif (group := kv_group(config)) > 1:
+        groups = first(importance.heads.reshape(L, N // group, group).sum(-1))
+        order["heads"] = (groups[..., None] * group + np.arange(group, dtype=np.int32)).reshape(L, N)
+    return Order(**order)
+
+
+def block_influence(model: Model, batches: Iterable[Mapping]) -> Float[np.ndarray, " L"]:
+    """1 - cos(input, output) of every layer, averaged over tokens (ShortGPT, arXiv 2403.03853, eq. 1).
+
+    A layer that hardly turns the residual stream can go; for decoders with taps and their embedded input.
+    """
+
+    @jax.jit
+    def influence(base, batch):
+        out = forward(model.graphdef, base, batch, taps=True, logits=False)
+        stream = jnp.concatenate([out.embedded[None], out.taps])
+        before, after = stream[:-1], stream[1:]
+        norms = jnp.linalg.norm(before, axis=-1) * jnp.linalg.norm(after, axis=-1)
+        real = batch["attention_mask"].astype(jnp.float32)
+        turned = 1 - (before * after).sum(-1) / jnp.maximum(norms, 1e-9)
+        return (turned * real).sum((1, 2)) / real.sum()
+
+    return np.mean([np.asarray(influence(model.base, batch)) for batch in batches], 0)
 
 
 def _permute(x, axes: tuple[str, ...], order: Order):
     for position, axis in enumerate(axes):
         if axis == "embed":
             x = jnp.take(x, order.embed, axis=position)
-        elif axis in ("heads", "mlp"):  # one permutation per layer; the layer axis leads
-            index = getattr(order, axis)
+        elif axis in ("heads", "kv_heads", "mlp"):  # one permutation per layer; the layer axis leads
+            index = order.mlp if axis == "mlp" else order.heads
+            if axis == "kv_heads":  # the heads of a group lie together: its first one says which group it is
+                group = index.shape[1] // x.shape[position]
+                index = index[:, ::group] // group
             index = index.reshape([s if i in (0, position) else 1 for i, s in enumerate(x.shape)])
             x = jnp.take_along_axis(x, index, axis=position)
     return x

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array
 
 from mlfs_jax.backbone.tree import STACKED, Mask, flatten
-from mlfs_jax.config import EncoderConfig
+from mlfs_jax.config import Config, DecoderConfig
 from mlfs_jax.errors import ConfigError, SubnetError, unknown
 from mlfs_jax.model import abstract
 
@@ -28,7 +28,7 @@ class Subnet:
 
     Attributes:
         embed: channels of the residual stream.
-        heads: attention heads, one number for each kept layer.
+        heads: attention (query) heads, one number for each kept layer; whole key-value groups.
         mlp: mlp neurons, one number for each kept layer.
         layers: indices of the kept layers, ascending.
     """
@@ -61,7 +61,7 @@ class Subnet:
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
 
 
-def check_fits(config: EncoderConfig, subnet: Subnet) -> None:
+def check_fits(config: Config, subnet: Subnet) -> None:
     """Raise SubnetError when a subnet is larger than the network, or empty along an axis."""
     limits = (
         ("embed", (subnet.embed,), config.embed),
@@ -72,9 +72,28 @@ def check_fits(config: EncoderConfig, subnet: Subnet) -> None:
     for axis, values, limit in limits:
         if min(values) < 1 or max(values) > limit:
             raise SubnetError(f"{axis} = {values} does not fit this model: expected 1 to {limit}.")
+    group = kv_group(config)
+    if any(heads % group for heads in subnet.heads):
+        raise SubnetError(
+            f"heads = {subnet.heads}: {group} query heads share each key-value head here, and a subnet keeps or drops "
+            f"them together: expected multiples of {group}."
+        )
 
 
-def make_mask(config: EncoderConfig, subnet: Subnet) -> Mask:
+def kv_group(config: Config) -> int:
+    """Query heads that are kept or dropped together."""
+    return config.kv_group if isinstance(config, DecoderConfig) else 1
+
+
+def kept_widths(config: Config, embed: int, heads: int, mlp: int) -> dict[str, int]:
+    """Axis name -> size in a layer of these widths, for the axes that a subnet shrinks."""
+    widths = {"embed": embed, "heads": heads, "mlp": mlp}
+    if isinstance(config, DecoderConfig):  # multi-query: the one key-value head stays
+        widths["kv_heads"] = heads * config.kv_heads // config.heads if config.kv_heads > 1 else 1
+    return widths
+
+
+def make_mask(config: Config, subnet: Subnet) -> Mask:
     """The 0/1 mask that turns the supernet into ``subnet`` (rows of dropped layers are all ones)."""
     check_fits(config, subnet)
     heads, mlp = np.ones((config.layers, config.heads)), np.ones((config.layers, config.mlp))
@@ -86,35 +105,42 @@ def make_mask(config: EncoderConfig, subnet: Subnet) -> Mask:
     return Mask(as_f32(embed), as_f32(heads), as_f32(mlp), jnp.asarray(kept))
 
 
-def maxnet(config: EncoderConfig) -> Subnet:
+def maxnet(config: Config) -> Subnet:
     """The whole supernet, as a subnet."""
     L = config.layers
     return Subnet(config.embed, (config.heads,) * L, (config.mlp,) * L, tuple(range(L)))
 
 
-def kept_size(axes: tuple[str, ...], shape: tuple[int, ...], subnet: Subnet) -> int:
+def kept_size(config: Config, axes: tuple[str, ...], shape: tuple[int, ...], subnet: Subnet) -> int:
     """How many numbers of an array with these named axes a subnet keeps."""
     sizes = [(axis, size) for axis, size in zip(axes, shape, strict=True) if axis != STACKED]
     stacked = axes[0] == STACKED
     widths = zip(subnet.heads, subnet.mlp, strict=True) if stacked else [(0, 0)]  # only layers have heads and mlp
-    kept = ({"embed": subnet.embed, "heads": heads, "mlp": mlp} for heads, mlp in widths)
+    kept = (kept_widths(config, subnet.embed, heads, mlp) for heads, mlp in widths)
     return sum(math.prod(width.get(axis, size) for axis, size in sizes) for width in kept)
 
 
-def num_params(config: EncoderConfig, subnet: Subnet | None = None, *, embeddings: bool = False) -> int:
-    """Parameters of a subnet (default: of the maxnet), from the named axes; with or without the embedding tables."""
+def num_params(config: Config, subnet: Subnet | None = None, *, embeddings: bool = False) -> int:
+    """Parameters of a subnet (default: of the maxnet), from the named axes.
+
+    ``embeddings`` counts what is as large as the vocabulary, too: the embedding tables and a language model's head.
+    """
     subnet = subnet or maxnet(config)
     weights = flatten(abstract(config)[1]).items()
-    counted = (leaf for name, leaf in weights if embeddings or not name.startswith("embed."))
-    return sum(kept_size(leaf.axes, leaf.shape, subnet) for leaf in counted)
+    outside = lambda name: name.startswith("embed.") or (name.startswith("head.") and config.head == "lm")  # noqa: E731
+    counted = (leaf for name, leaf in weights if embeddings or not outside(name))
+    return sum(kept_size(config, leaf.axes, leaf.shape, subnet) for leaf in counted)
 
 
-def num_flops(config: EncoderConfig, subnet: Subnet | None = None, *, length: int = 128) -> int:
+def num_flops(config: Config, subnet: Subnet | None = None, *, length: int = 128) -> int:
     """FLOPs (2 per multiply-add) of the matrix products of one sequence of ``length`` tokens through the layers."""
     subnet = subnet or maxnet(config)
-    D, H, T = subnet.embed, config.head_dim, length
-    layers = (4 * D * N * H + 2 * T * N * H + 2 * D * F for N, F in zip(subnet.heads, subnet.mlp, strict=True))
-    return 2 * T * sum(layers)
+    weights = flatten(abstract(config)[1]).items()
+    kernels = (leaf for name, leaf in weights if name.startswith("layers.") and name.endswith(".kernel"))
+    products = sum(kept_size(config, leaf.axes, leaf.shape, subnet) for leaf in kernels)
+    value = getattr(config, "latent", None)
+    sizes = config.head_dim + (value.value if value else config.head_dim)
+    return 2 * length * (products + length * sizes * sum(subnet.heads))
 
 
 @dataclass(frozen=True)
@@ -131,7 +157,7 @@ class SubnetSpace:
             spaced, as DynaBERT does.
     """
 
-    config: EncoderConfig
+    config: Config
     embed: tuple[int, ...] = ()
     heads: tuple[int, ...] = ()
     mlp: tuple[int, ...] = ()
@@ -162,6 +188,11 @@ class SubnetSpace:
                     "them."
                 )
             object.__setattr__(self, axis, choices[axis])
+        if any(heads % kv_group(self.config) for heads in self.heads):
+            raise SubnetError(
+                f"heads = {self.heads}: expected multiples of {kv_group(self.config)}, the query heads that share a "
+                "key-value head."
+            )
         if self.layer_order is not None and sorted(self.layer_order) != list(range(self.config.layers)):
             raise SubnetError(f"layer_order = {self.layer_order}: expected each of 0..{self.config.layers - 1} once.")
 
@@ -171,23 +202,25 @@ class SubnetSpace:
         return {"embed": c.embed, "heads": c.heads, "mlp": c.mlp, "depth": c.layers}
 
     @classmethod
-    def from_ratios(cls, config: EncoderConfig, *, embed=(1.0,), width=(1.0, 0.48, 0.22), depth=(1.0, 0.5), **kw):
+    def from_ratios(cls, config: Config, *, embed=(1.0,), width=(1.0, 0.48, 0.22), depth=(1.0, 0.5), **kw):
         """Choices as shares of the supernet; ``width`` is for heads and mlp.
 
-        Sizes round to whole units, at least 1; those above 128 to a multiple of 16, which matrix units like.
+        Sizes round to whole units (heads: to whole key-value groups), at least 1; those above 128 to a multiple of
+        16, which matrix units like.
         """
 
-        def sizes(top: int, ratios, axis: str) -> tuple[int, ...]:
+        def sizes(top: int, ratios, axis: str, group: int = 1) -> tuple[int, ...]:
             for ratio in ratios:
                 if not 0 < ratio <= 1:
                     raise SubnetError(f"{axis} ratio {ratio}: expected a share of the supernet in (0, 1].")
-            exact = (top * ratio for ratio in ratios if ratio < 1)
-            return (top, *(min(top, round(x / 16) * 16) if x > 128 else max(1, round(x)) for x in exact))
+            exact = [top * ratio for ratio in ratios if ratio < 1]
+            units = [16 if x > 128 and group == 1 else group for x in exact]
+            return (top, *(min(top, max(unit, round(x / unit) * unit)) for x, unit in zip(exact, units, strict=True)))
 
         return cls(
             config,
             embed=sizes(config.embed, embed, "embed"),
-            heads=sizes(config.heads, width, "width"),
+            heads=sizes(config.heads, width, "width", kv_group(config)),
             mlp=sizes(config.mlp, width, "width"),
             depth=sizes(config.layers, depth, "depth"),
             **kw,

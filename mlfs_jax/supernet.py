@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from mlfs_jax.backbone.tree import Mask, Output
-from mlfs_jax.config import EncoderConfig
+from mlfs_jax.config import Config
 from mlfs_jax.distill import DistillConfig, feature_loss, logit_loss, task_loss
 from mlfs_jax.errors import ConfigError
 from mlfs_jax.lora import lora_axes
@@ -60,7 +60,7 @@ class Supernet:
             backward pass).
     """
 
-    config: EncoderConfig
+    config: Config
     distill: DistillConfig
     optimizer: optax.GradientTransformation
     execution: str = "sliced"
@@ -91,7 +91,8 @@ class Supernet:
         graphdef, lora, distill = self.graphdef, params["lora"], self.distill
         if widths is not None:
             graphdef = abstract(slice_config(self.config, widths))[0]
-            lora, base, mask = slice_lora(base, lora, widths), slice_base(base, widths), slice_mask(mask, widths)
+            lora, mask = slice_lora(self.config, base, lora, widths), slice_mask(mask, widths)
+            base = slice_base(self.config, base, widths)
         out = forward(graphdef, base, batch, lora=lora, mask=mask, taps=distill.beta > 0, unroll=self.unroll)
         loss = (1 - distill.alpha) * task_loss(out.logits, batch["labels"], self.config.problem)
         if distill.alpha:
@@ -163,14 +164,14 @@ class Supernet:
         return update(state, grads), jnp.stack(losses)
 
 
-def widths_of(config: EncoderConfig, subnet: Subnet) -> Subnet:
+def widths_of(config: Config, subnet: Subnet) -> Subnet:
     """The full-depth, uniform subnet that is just wide enough to hold ``subnet``: what a sliced step compiles for."""
     L = config.layers
     return Subnet(subnet.embed, (max(subnet.heads),) * L, (max(subnet.mlp),) * L, tuple(range(L)))
 
 
 @lru_cache(maxsize=4096)
-def _mask(config: EncoderConfig, subnet: Subnet) -> Mask:
+def _mask(config: Config, subnet: Subnet) -> Mask:
     return make_mask(config, subnet)
 
 
@@ -180,10 +181,10 @@ def _shapes(lora: Mapping) -> tuple:
 
 
 @lru_cache(maxsize=4096)
-def trainable_params(config: EncoderConfig, subnet: Subnet, lora_shapes: tuple) -> int:
+def trainable_params(config: Config, subnet: Subnet, lora_shapes: tuple) -> int:
     """Adapter parameters active in a subnet."""
     lora: dict = {}
     for site, leaf, shape in lora_shapes:
         lora.setdefault(site, {})[leaf] = shape
     axes = lora_axes(abstract(config)[1], lora)
-    return sum(kept_size(axes[site][leaf], shape, subnet) for site, leaf, shape in lora_shapes)
+    return sum(kept_size(config, axes[site][leaf], shape, subnet) for site, leaf, shape in lora_shapes)

@@ -332,7 +332,7 @@ def _measure_order(fitted: Fitted, lora: Lora, train: Encoded) -> Order:
     size = min(config.batch_size, len(train))
     batches = Batches(train, size, seed=config.seed, buckets=config.buckets)
     count = max(1, min(config.importance_examples // size, batches.epoch_steps))
-    return importance_order(measure_importance(model, (batches[i] for i in range(count)), loss))
+    return importance_order(measure_importance(model, (batches[i] for i in range(count)), loss), model.config)
 
 
 def _report(fitted: Fitted, stage: Stage, validation: Encoded, console: Console) -> None:

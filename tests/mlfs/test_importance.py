@@ -22,7 +22,7 @@ def measured(model, batches):
 def test_reordering_leaves_the_function_unchanged(family, head):
     model = tiny_model(family, head=head)
     batch, lora = tiny_batch(model.config), tiny_lora(model)
-    order = importance_order(measured(model, [batch])[0])
+    order = importance_order(measured(model, [batch])[0], model.config)
     moved = reorder(model, order)
     before = forward(model.graphdef, model.base, batch, lora=lora)
     after = forward(moved.graphdef, moved.base, batch, lora=reorder_lora(model, lora, order))
@@ -54,12 +54,13 @@ def test_a_dead_unit_comes_last():
         lambda name, leaf: kernel.at[1, 4].set(0) if name == "layers.down.kernel" else leaf[...], model.base
     )
     model = model.replace(base=dead)
-    order = importance_order(measured(model, [tiny_batch(model.config)])[0])
+    order = importance_order(measured(model, [tiny_batch(model.config)])[0], model.config)
     assert order.mlp[1, -1] == 4
 
 
 def test_order_through_json():
-    order = importance_order(measured(tiny_model(), [tiny_batch(tiny_model().config)])[0])
+    model = tiny_model()
+    order = importance_order(measured(model, [tiny_batch(model.config)])[0], model.config)
     back = Order.from_json(order.to_json())
     for axis in ("embed", "heads", "mlp", "layers"):
         np.testing.assert_array_equal(getattr(back, axis), getattr(order, axis))

@@ -68,6 +68,21 @@ def tiny_lora(model: Model, seed: int = 2, rank: int = 3, sites=None, full=("hea
     return jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.2, x.shape), jnp.float32), shapes)
 
 
+def random_lora(model: Model):
+    """The same for a model without a head to train."""
+    return tiny_lora(model, full=())
+
+
+def tiny_tokens(config: DecoderConfig, seed: int = 0, batch: int = 3, length: int = 8) -> dict:
+    """Random texts with padding at the end of all rows but the first; every real token but the first counts."""
+    rng = np.random.default_rng(seed)
+    real = np.arange(length) < np.r_[length, rng.integers(2, length, batch - 1)][:, None]
+    counts = real & (np.arange(length) > 0)
+    tokens = rng.integers(3, config.vocab_size, (batch, length))
+    filled = {"input_ids": np.where(real, tokens, config.pad_token_id), "attention_mask": real, "loss_mask": counts}
+    return {name: jnp.asarray(x, jnp.int32) for name, x in filled.items()}
+
+
 def tiny_batch(config: EncoderConfig, seed: int = 0, batch: int = 3, length: int = 8) -> dict:
     """Random tokens with padding at the end of all rows but the first; integer labels."""
     rng = np.random.default_rng(seed)

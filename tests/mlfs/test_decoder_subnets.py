@@ -1,0 +1,78 @@
+"""Decoders as supernets: masked == sliced, reordering by whole key-value groups, block influence."""
+
+import jax
+import numpy as np
+import pytest
+
+import mlfs_jax as mlfs
+from mlfs_jax.errors import SubnetError
+from mlfs_jax.importance import block_influence, importance_order, measure_importance, reorder, reorder_lora
+from mlfs_jax.model import forward
+from mlfs_jax.subnet import num_params
+from tests.mlfs.tiny import DECODERS, random_lora, tiny_decoder, tiny_tokens
+
+TOLERANCE = 1e-4  # fp32 logits
+
+SUBNETS = {  # full is the one kind of norm that needs the same heads in every layer
+    "olmo2": mlfs.Subnet(13, (2, 2), (13, 13), (0, 2)),
+    None: mlfs.Subnet(13, (4, 2), (7, 13), (0, 2)),
+}
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_masked_equals_sliced(kind):
+    model, subnet = tiny_decoder(kind), SUBNETS.get(kind, SUBNETS[None])
+    batch, lora = tiny_tokens(model.config), random_lora(model)
+    masked = forward(model.graphdef, model.base, batch, lora=lora, mask=mlfs.make_mask(model.config, subnet), taps=True)
+    small = mlfs.slice_subnet(model, subnet, lora=lora)
+    sliced = forward(small.graphdef, small.base, batch, taps=True)
+    np.testing.assert_allclose(sliced.logits, masked.logits, atol=TOLERANCE)
+    np.testing.assert_allclose(sliced.taps, np.asarray(masked.taps)[[0, 2], ..., :13], atol=TOLERANCE)
+    assert not masked.taps[..., 13:].any() and not masked.hidden[..., 13:].any()
+    assert small.num_params == num_params(model.config, subnet, embeddings=True) or len({*subnet.heads}) > 1
+
+
+@pytest.mark.parametrize("kind", ["llama", "mqa-learned", "olmo2", "bloom", "mla", "phi"])
+def test_reordering_leaves_the_function_unchanged(kind):
+    model = tiny_decoder(kind)
+    batch, lora = tiny_tokens(model.config), random_lora(model)
+
+    def loss(base, batch):
+        return (forward(model.graphdef, base, batch).logits ** 2).sum()
+
+    order = importance_order(measure_importance(model, [batch], loss), model.config)
+    moved = reorder(model, order)
+    before = forward(model.graphdef, model.base, batch, lora=lora)
+    after = forward(moved.graphdef, moved.base, batch, lora=reorder_lora(model, lora, order))
+    np.testing.assert_allclose(after.logits, before.logits, atol=1e-4)
+    assert not np.array_equal(order.embed, np.arange(24))
+    assert (kind == "bloom") == np.array_equal(order.heads, np.tile(np.arange(4), (3, 1)))
+    jax.tree.map(np.testing.assert_array_equal, reorder(moved, order.inverse()).base, model.base)
+
+
+def test_heads_go_by_whole_groups():
+    config = tiny_decoder("llama").config
+    assert mlfs.SubnetSpace.from_ratios(config, width=(1.0, 0.4)).heads == (4, 2)
+    with pytest.raises(SubnetError, match="multiples of 2"):
+        mlfs.make_mask(config, mlfs.Subnet(24, (3,) * 3, (20,) * 3, (0, 1, 2)))
+    with pytest.raises(SubnetError, match="multiples of 2"):
+        mlfs.SubnetSpace(config, heads=(4, 1), mlp=(20, 10))
+    many = tiny_decoder("mqa-learned").config  # the one key-value head stays, query heads go one by one
+    assert mlfs.SubnetSpace.from_ratios(many, width=(1.0, 0.75)).heads == (4, 3)
+
+
+def test_a_norm_over_all_heads_needs_the_same_heads_in_every_layer():
+    with pytest.raises(SubnetError, match="same number in every layer"):
+        mlfs.slice_subnet(tiny_decoder("olmo2"), SUBNETS[None])
+
+
+def test_block_influence_is_one_minus_the_cosine():
+    model = tiny_decoder("llama")
+    batch = tiny_tokens(model.config)
+    out = forward(model.graphdef, model.base, batch, taps=True)
+    stream = np.concatenate([out.embedded[None], out.taps])
+    real = np.asarray(batch["attention_mask"], bool)
+    for layer, found in enumerate(block_influence(model, [batch])):
+        a, b = stream[layer][real], stream[layer + 1][real]
+        cosine = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+        np.testing.assert_allclose(found, 1 - cosine.mean(), atol=1e-5)
