@@ -7,8 +7,12 @@ byte-level BPE, and "llama", SentencePiece's BPE, which stands in tokenizer.json
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+from tokenizers import Tokenizer
+
+from mlfs_jax.config import DecoderConfig
 from mlfs_jax.errors import CheckpointError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -48,6 +52,14 @@ SAME_AS = {
 
 WHOLE_WORDS = ("llama-bpe",)  # a word that is a token is that token, whatever the merges say
 NORMALIZED = ("qwen2",)  # its own tokenizer.json composes characters (NFC) first; llama.cpp does not
+
+PROBES = (
+    "Hello world, I'VE 12345 things (don't we'll)!",
+    " two  spaces\n\n\ttab \r\n 3.14 x1y22z333 ½ ٣",
+    "naïve État 日本語 русский 🚀👩‍👩‍👧 e\u0301 \u00a0\u3000 ∀x",
+    'def f(x):\n    return x**2  # !!!??? "quoted"```\n\n\n',
+)
+"""Texts on which tokenizers that differ do differ."""
 
 SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "sep": "seperator"}  # sic
 """Hugging Face's name of a special token -> the GGUF's."""
@@ -184,3 +196,103 @@ def _post_processor(meta: dict, tokens: list[str], special: dict[str, int | None
     if not used:
         return None
     return {"type": "TemplateProcessing", "single": single, "pair": single + pair, "special_tokens": used}
+
+
+def tokenizer_metadata(folder: Path | None, config: DecoderConfig) -> dict[str, object]:
+    """A folder's tokenizer.json and tokenizer_config.json as GGUF metadata, chat template included.
+
+    The tokenizer is built back from what was made, and must cut some hard texts as the original does.
+
+    Raises:
+        CheckpointError: there is none, it has more tokens than the model rows, or a GGUF cannot express it.
+    """
+    file = folder / "tokenizer.json" if folder is not None else None
+    if file is None or not file.is_file():
+        where = f"{folder} has no tokenizer.json" if folder is not None else "the model comes with no tokenizer"
+        raise CheckpointError(f"{where}: a GGUF needs one. Give tokenizer_from, a folder with tokenizer.json.")
+    spec = json.loads(file.read_text(encoding="utf-8"))
+    said = folder / "tokenizer_config.json"
+    said = json.loads(said.read_text(encoding="utf-8")) if said.is_file() else {}
+    model = spec["model"]
+    if model.get("type") != "BPE":
+        raise CheckpointError(f"{file} is of the kind {model.get('type')!r}: a GGUF is written here of BPE only.")
+    merges = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
+    ids = model["vocab"] | {token["content"]: token["id"] for token in spec["added_tokens"]}
+    rows = config.vocab_size
+    if max(ids.values()) >= rows:
+        raise CheckpointError(f"{file} has a token of id {max(ids.values())}; the model has {rows} rows for them.")
+    tokens, types = [f"[PAD{i}]" for i in range(rows)], [UNUSED] * rows
+    for token, i in ids.items():
+        tokens[i], types[i] = token, NORMAL
+    for token in spec["added_tokens"]:
+        types[token["id"]] = CONTROL if token["special"] else USER_DEFINED
+    named = {name: _token_text(said.get(f"{name}_token")) for name in SPECIAL}
+    special = {name: ids[token] for name, token in named.items() if token in ids}
+    special |= {"bos": config.bos_token_id} if config.bos_token_id is not None else {}
+    special |= dict(zip(("eos", "eot"), config.eos_token_ids, strict=False))
+    meta: dict[str, object] = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
+    meta |= {f"tokenizer.ggml.{SPECIAL.get(name, name)}_token_id": i for name, i in special.items()}
+    if model.get("byte_fallback"):
+        meta |= _sentencepiece_metadata(spec, merges, tokens, types, ids)
+    else:
+        meta |= {
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.pre": _pre_name(spec["pre_tokenizer"], file),
+            "tokenizer.ggml.merges": [" ".join(merge) for merge in merges],
+        }
+    tokenizer = Tokenizer.from_str(json.dumps(spec))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    ends = tokenizer.encode("a").ids
+    meta["tokenizer.ggml.add_bos_token"] = "bos" in special and ends[0] == special["bos"]
+    meta["tokenizer.ggml.add_eos_token"] = "eos" in special and ends[-1] == special["eos"]
+    template = said.get("chat_template")
+    if template is None and (folder / "chat_template.jinja").is_file():
+        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    if isinstance(template, str):
+        meta["tokenizer.chat_template"] = template
+    again = Tokenizer.from_str(json.dumps(tokenizer_files(meta, file)["tokenizer.json"]))
+    for text in PROBES:
+        if again.encode(text).ids != tokenizer.encode(text).ids:
+            raise CheckpointError(f"{file}: a GGUF cannot express this tokenizer; it would cut {text!r} another way.")
+    return meta
+
+
+def _pre_name(pre: dict | None, file: Path) -> str:
+    """The GGUF's name for how a tokenizer.json cuts text before merging."""
+    for name, known in PRE_TOKENIZERS.items():
+        if _cuts(known) == _cuts(pre):
+            return name
+    raise CheckpointError(
+        f"{file} cuts text in a way that has no name here: {json.dumps(pre)}; named are {', '.join(PRE_TOKENIZERS)}."
+    )
+
+
+def _cuts(pre: dict | None) -> list[dict]:
+    """The steps of a pre-tokenizer without what changes no token."""
+    steps = pre["pretokenizers"] if pre and pre["type"] == "Sequence" else [pre or {}]
+    return [{"use_regex": True} | {k: v for k, v in step.items() if k != "trim_offsets"} for step in steps]
+
+
+def _sentencepiece_metadata(spec: dict, merges, tokens: list[str], types: list[int], ids: dict[str, int]) -> dict:
+    """A piece's score is less the later its merge stands; SentencePiece numbers its own the same way."""
+    scores = [0.0] * len(tokens)
+    for rank, (left, right) in enumerate(merges):
+        if scores[i := ids[left + right]] == 0.0:
+            scores[i] = -float(rank + 1)
+    for i, token in enumerate(tokens):
+        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            types[i] = BYTE
+    meta = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": "default", "tokenizer.ggml.scores": scores}
+    if spec["model"].get("unk_token") in ids:
+        unknown = ids[spec["model"]["unk_token"]]
+        types[unknown] = UNKNOWN
+        meta["tokenizer.ggml.unknown_token_id"] = unknown
+    steps = json.dumps([spec.get("normalizer"), spec.get("pre_tokenizer")])
+    prefixed = '"Prepend"' in steps or '"prepend_scheme": "first"' in steps or '"prepend_scheme": "always"' in steps
+    meta["tokenizer.ggml.add_space_prefix"] = prefixed
+    return meta
+
+
+def _token_text(token: str | dict | None) -> str | None:
+    return token.get("content") if isinstance(token, dict) else token
