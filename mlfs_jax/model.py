@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from mlfs_jax.backbone.cache import Cache
 from mlfs_jax.backbone.decoder import Decoder
@@ -141,3 +141,9 @@ def forward(
     return nnx.merge(graphdef, base)(
         batch, pairs, mask, taps=taps, remat=remat, unroll=unroll, cache=cache, logits=logits
     )
+
+
+def apply_head(graphdef: nnx.GraphDef, base: nnx.State, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+    """fp32 logits of a language model from ``Output.hidden``: what ``forward(..., logits=False)`` leaves out."""
+    network = nnx.merge(graphdef, base)
+    return network.head(hidden, {}, network.embed.tokens)

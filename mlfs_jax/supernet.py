@@ -24,6 +24,7 @@ from mlfs_jax.lora import lora_axes
 from mlfs_jax.model import abstract, forward
 from mlfs_jax.slicing import slice_base, slice_config, slice_lora, slice_mask
 from mlfs_jax.subnet import Subnet, kept_size, make_mask, maxnet
+from mlfs_jax.vocab import Hidden, lm_distill_loss, lm_loss
 
 Params = dict
 EXECUTIONS = ("sliced", "masked")
@@ -67,8 +68,8 @@ class Supernet:
     unroll: bool = False
 
     def __post_init__(self):
-        if self.config.head != "sequence":
-            raise ConfigError(f"a {self.config.head!r} head: training needs a 'sequence' head.")
+        if self.config.head not in ("sequence", "lm"):
+            raise ConfigError(f"a {self.config.head!r} head: training needs a 'sequence' or an 'lm' head.")
 
     @cached_property
     def graphdef(self) -> nnx.GraphDef:
@@ -79,24 +80,42 @@ class Supernet:
 
     # -- losses ---------------------------------------------------------------------------------------------------
 
+    def _run(self, graphdef, base, batch, lora, mask=None) -> Output:
+        return forward(
+            graphdef,
+            base,
+            batch,
+            lora=lora,
+            mask=mask,
+            taps=self.distill.beta > 0,
+            unroll=self.unroll,
+            logits=self.config.head != "lm",  # [B, T, V]: the loss goes through it in chunks
+        )
+
     def maxnet_loss(self, params: Params, base: nnx.State, batch: Mapping) -> tuple[Float[Array, ""], Output]:
         """Task loss of the maxnet, and its outputs for the subnets to learn from."""
-        out = forward(self.graphdef, base, batch, lora=params["lora"], taps=self.distill.beta > 0, unroll=self.unroll)
+        out = self._run(self.graphdef, base, batch, params["lora"])
+        if self.config.head == "lm":
+            return lm_loss(Hidden(self.graphdef, base, out.hidden), batch), out
         return task_loss(out.logits, batch["labels"], self.config.problem), out
 
     def subnet_loss(
         self, params: Params, base: nnx.State, batch: Mapping, teacher: Output, mask: Mask, widths: Subnet | None
     ) -> Float[Array, ""]:
         """Loss of one subnet under its teacher; run at ``widths`` when given (mask and trees are cut to them)."""
-        graphdef, lora, distill = self.graphdef, params["lora"], self.distill
+        graphdef, lora, distill, whole = self.graphdef, params["lora"], self.distill, base
         if widths is not None:
             graphdef = abstract(slice_config(self.config, widths))[0]
             lora, mask = slice_lora(self.config, base, lora, widths), slice_mask(mask, widths)
             base = slice_base(self.config, base, widths)
-        out = forward(graphdef, base, batch, lora=lora, mask=mask, taps=distill.beta > 0, unroll=self.unroll)
-        loss = (1 - distill.alpha) * task_loss(out.logits, batch["labels"], self.config.problem)
-        if distill.alpha:
-            loss += distill.alpha * logit_loss(teacher.logits, out.logits, distill, self.config.problem)
+        out = self._run(graphdef, base, batch, lora, mask)
+        if self.config.head == "lm":
+            student, hidden = Hidden(graphdef, base, out.hidden), Hidden(self.graphdef, whole, teacher.hidden)
+            loss = lm_distill_loss(student, hidden, batch, distill)
+        else:
+            loss = (1 - distill.alpha) * task_loss(out.logits, batch["labels"], self.config.problem)
+            if distill.alpha:
+                loss += distill.alpha * logit_loss(teacher.logits, out.logits, distill, self.config.problem)
         if distill.beta:
             tokens = batch["attention_mask"]
             loss += distill.beta * feature_loss(
