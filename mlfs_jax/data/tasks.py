@@ -67,6 +67,11 @@ class Task:
             raise ConfigError(f"max_completion is {self.max_completion}; expected at least 2 tokens.")
 
     @property
+    def is_language(self) -> bool:
+        """Whether the tokens themselves are what is predicted: a task for language models."""
+        return self.problem in ("lm", "seq2seq")
+
+    @property
     def num_labels(self) -> int:
         """C, the width of the model's head: the number of classes, 1 for regression, 0 for language (no such head)."""
         return {"classification": len(self.labels), "regression": 1}.get(self.problem, 0)
