@@ -159,7 +159,7 @@ def main(options: Options) -> None:
             fitted = mlfs.fit(config, options.runs / key, console=console)
             if fitted is None:
                 return
-            data = config.load_data(fitted.task)
+            data = config.load_data(fitted.task, fitted.model)
             result = {"preset": options.preset, "task": task, "seed": seed, "device": jax.devices()[0].device_kind}
             result["config"] = json.loads(json.dumps(dataclasses.asdict(config)))
             result |= {"palette": palette(fitted, data), "baseline": truncated_baseline(fitted, data)}

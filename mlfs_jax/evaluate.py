@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import jax
 import numpy as np
+from flax import nnx
 
 from mlfs_jax.data.batches import eval_batches
 from mlfs_jax.data.encode import Encoded
-from mlfs_jax.metrics import get_metric
+from mlfs_jax.metrics import get_metric, perplexity
 from mlfs_jax.model import Model, forward
+from mlfs_jax.vocab import Hidden, lm_loss
 
 
 def predict(model: Model, encoded: Encoded, *, batch_size: int = 64) -> tuple[np.ndarray, np.ndarray]:
@@ -21,7 +26,12 @@ def predict(model: Model, encoded: Encoded, *, batch_size: int = 64) -> tuple[np
 
 
 def evaluate(model: Model, encoded: Encoded, metric: str, *, batch_size: int = 64) -> dict[str, float]:
-    """``{metric: ..., "loss": ...}``: the task's metric, and mean cross-entropy or squared error."""
+    """``{metric: ..., "loss": ...}``: the task's metric, and mean cross-entropy or squared error.
+
+    Of a language model: ``{"perplexity": ..., "loss": ...}`` over the tokens that count, the loss in nats for each.
+    """
+    if model.config.head == "lm":
+        return _evaluate_language(model, encoded, min(batch_size, 16))
     logits, labels = predict(model, encoded, batch_size=batch_size)
     if model.config.problem == "regression":
         predictions = logits[:, 0]
@@ -31,3 +41,19 @@ def evaluate(model: Model, encoded: Encoded, metric: str, *, batch_size: int = 6
         log_norm = np.logaddexp.reduce(logits, -1)
         loss = np.mean(log_norm - logits[np.arange(len(labels)), labels])
     return {metric: float(get_metric(metric)(predictions, labels)), "loss": float(loss)}
+
+
+def _evaluate_language(model: Model, encoded: Encoded, batch_size: int) -> dict[str, float]:
+    total = tokens = 0.0
+    for batch in eval_batches(encoded, batch_size):
+        batch["loss_mask"] = batch["loss_mask"] * batch.pop("weight")[:, None]  # rows that only fill up do not count
+        count = float(batch["loss_mask"][:, 1:].sum())
+        total += count * float(_lm_loss(model.graphdef, model.base, batch))
+        tokens += count
+    return {"perplexity": perplexity(total, tokens), "loss": total / tokens}
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def _lm_loss(graphdef: nnx.GraphDef, base: nnx.State, batch: dict) -> jax.Array:
+    hidden = forward(graphdef, base, batch, logits=False).hidden
+    return lm_loss(Hidden(graphdef, base, hidden), batch)

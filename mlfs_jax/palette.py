@@ -240,7 +240,7 @@ def measure(
     chosen = {"maxnet": space.maxnet}
     chosen |= {name: space.check(subnet) for name, subnet in subnets.items() if subnet != space.maxnet}
 
-    data = data or fitted.config.load_data(fitted.task)
+    data = data or fitted.config.load_data(fitted.task, fitted.model)
     split = split or ("test" if "test" in data else "validation")
     if split not in data:
         raise unknown("split", split, data)

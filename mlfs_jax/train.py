@@ -9,8 +9,6 @@ pretrained model.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,26 +21,28 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mlfs_jax.backbone.tree import flatten, map_named
 from mlfs_jax.checkpoint import Checkpoints
-from mlfs_jax.config import EncoderConfig
+from mlfs_jax.config import Config
 from mlfs_jax.data.batches import BUCKETS, Batches
-from mlfs_jax.data.encode import Encoded, load_task
+from mlfs_jax.data.encode import Encoded, fingerprint, load_task
 from mlfs_jax.data.tasks import Task, get_task, task_names
 from mlfs_jax.distill import DistillConfig, init_projection, task_loss
 from mlfs_jax.errors import ConfigError
 from mlfs_jax.evaluate import evaluate
 from mlfs_jax.hf.load import from_pretrained
-from mlfs_jax.importance import Order, importance_order, measure_importance, reorder, reorder_lora
+from mlfs_jax.importance import Order, block_influence, importance_order, measure_importance, reorder, reorder_lora
 from mlfs_jax.lora import Lora, init_lora, load_lora, merge_lora, save_lora, stack_stages
 from mlfs_jax.model import Model, forward
-from mlfs_jax.registry import ENTRIES, resolve_model
+from mlfs_jax.registry import ENTRIES
 from mlfs_jax.run import Preemption, Run, preemption
 from mlfs_jax.slicing import slice_subnet
 from mlfs_jax.stages import Stage, paper_stages
 from mlfs_jax.subnet import SubnetSpace
 from mlfs_jax.supernet import EXECUTIONS, Supernet, TrainState
+from mlfs_jax.vocab import Hidden, lm_loss
 
 LOG_EVERY = 10
 HEAD = "head.safetensors"
+KEEP_LAYERS = ("even", "importance", "influence")
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ class FitConfig:
         embed: choices of the subnet space for channels, as shares of the supernet.
         width: the same, for heads and mlp.
         depth: the same, for layers.
-        keep_layers: "even" spacing, or by "importance", in a subnet of less depth.
+        keep_layers: "even" spacing, or by "importance", or by "influence" (how far a layer turns the residual stream,
+            for language models), in a subnet of less depth.
         vary: "together", "independent" or "per-layer": how heads and mlp shrink.
         reorder: order heads, neurons and channels by importance after stage 0; else a subnet is the first k.
         importance_examples: training examples that the importance scores are measured on.
@@ -110,10 +111,10 @@ class FitConfig:
             )
         if self.execution not in EXECUTIONS:
             raise ConfigError(f"execution = {self.execution!r}: expected one of {', '.join(EXECUTIONS)}.")
-        if self.keep_layers not in ("even", "importance") or (self.keep_layers == "importance" and not self.reorder):
+        if self.keep_layers not in KEEP_LAYERS or (self.keep_layers != "even" and not self.reorder):
             raise ConfigError(
-                f"keep_layers = {self.keep_layers!r} with reorder = {self.reorder}: expected 'even', or 'importance' "
-                "together with reorder, which measures it."
+                f"keep_layers = {self.keep_layers!r} with reorder = {self.reorder}: expected 'even', or together with "
+                "reorder, which measures them, 'importance' or 'influence'."
             )
         if self.batch_size < 1 or self.seed < 0:
             raise ConfigError(f"batch_size = {self.batch_size}, seed = {self.seed}: expected >= 1 and >= 0.")
@@ -124,7 +125,7 @@ class FitConfig:
         stages = paper_stages(self.steps, self.learning_rate, self.rank)
         return tuple(dataclasses.replace(stage, random_subnets=self.random_subnets) for stage in stages)
 
-    def space(self, config: EncoderConfig, order: Order | None = None) -> SubnetSpace:
+    def space(self, config: Config, order: Order | None = None) -> SubnetSpace:
         """The subnets of the run; ``order`` ranks the layers, if they are kept by importance."""
         ranked = None if order is None or self.keep_layers == "even" else tuple(map(int, order.layers))
         ratios = {"embed": self.embed, "width": self.width, "depth": self.depth}
@@ -135,10 +136,13 @@ class FitConfig:
 
     def load_model(self, task: Task) -> Model:
         """The pretrained model with a head for the task; new weights come from the seed."""
+        if task.is_language:
+            return from_pretrained(self.model, head="lm")
         return from_pretrained(self.model, head="sequence", labels=task.num_labels, problem=task.problem, key=self.seed)
 
-    def load_data(self, task: Task) -> dict[str, Encoded]:
-        return load_task(task, resolve_model(self.model), max_length=self.max_length, limit=self.limit)
+    def load_data(self, task: Task, model: Model) -> dict[str, Encoded]:
+        """The task, encoded by the tokenizer in the model's folder."""
+        return load_task(task, model.source, max_length=self.max_length, limit=self.limit)
 
 
 @dataclass(frozen=True)
@@ -186,7 +190,7 @@ def load_run(path: str | Path, *, finished: bool = False) -> Fitted:
 
 
 def _assemble(run: Run, config: FitConfig, task: Task, model: Model) -> Fitted:
-    head = load_lora(run.path / HEAD)
+    head = load_lora(run.path / HEAD) if not task.is_language else {}
     start = {f"{site}.{leaf}": value for site, entry in head.items() for leaf, value in entry.items()}
     model = model.replace(base=map_named(lambda name, leaf: start.get(name, leaf[...]), model.base))
     files = [_adapter_file(run, stage) for stage in config.stages]
@@ -214,15 +218,6 @@ def _save_head(run: Run, model: Model) -> None:
     save_lora(run.path / HEAD, head)
 
 
-def _fingerprint(data: Mapping[str, Encoded]) -> str:
-    """sha256 of the encoded examples: a run goes on only with the data that it began with."""
-    digest = hashlib.sha256()
-    for split in sorted(data):
-        for array in (data[split].ids, data[split].offsets, data[split].labels):
-            digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
-
-
 def _adapter_file(run: Run, stage: Stage) -> Path:
     return run.path / "adapters" / f"{stage.name}.safetensors"
 
@@ -239,12 +234,13 @@ def fit(config: FitConfig, out: str | Path, *, console: Console | None = None) -
     console = console or Console()
     config = dataclasses.replace(config, model=_from_anywhere(config.model), task=_from_anywhere(config.task))
     task = config.get_task()
-    model, data = config.load_model(task), config.load_data(task)
+    model = config.load_model(task)
+    data = config.load_data(task, model)
     config.space(model.config)  # what is wrong is said before the folder is made
     Batches(data["train"], config.batch_size, seed=config.seed, buckets=config.buckets)
-    saved = {**dataclasses.asdict(config), "data": _fingerprint(data)}
+    saved = {**dataclasses.asdict(config), "data": fingerprint(data)}
     with preemption() as stop, Run.create_or_resume(out, saved) as run:
-        if not (run.path / HEAD).exists():
+        if not task.is_language and not (run.path / HEAD).exists():
             _save_head(run, model)
         if run.finished:
             console.print(f"{run.path} is finished; `mlfs palette` measures it.")
@@ -281,7 +277,8 @@ def _train_stage(
     unroll = jax.default_backend() == "cpu" if config.unroll is None else config.unroll
     supernet = Supernet(model.config, config.distill, stage.optimizer(), config.execution, unroll)
 
-    params = {"lora": init_lora(jax.random.fold_in(root, 0), model, rank=stage.rank, full=("head",))}
+    full = () if fitted.task.is_language else ("head",)  # a language model's head is pretrained, and frozen
+    params = {"lora": init_lora(jax.random.fold_in(root, 0), model, rank=stage.rank, full=full)}
     if stage.sample != "maxnet" and config.distill.beta:
         params["features"] = init_projection(jax.random.fold_in(root, 1), model.config.embed, config.distill)
     # placed before the first step, as a restored state is: else the step compiles twice
@@ -326,18 +323,25 @@ def _measure_order(fitted: Fitted, lora: Lora, train: Encoded) -> Order:
     model = fitted.model.replace(base=merge_lora(fitted.model.base, lora))
 
     def loss(base: nnx.State, batch) -> jax.Array:
-        logits = forward(model.graphdef, base, batch).logits
-        return task_loss(logits, batch["labels"], model.config.problem)
+        out = forward(model.graphdef, base, batch, logits=not fitted.task.is_language)
+        if fitted.task.is_language:
+            return lm_loss(Hidden(model.graphdef, base, out.hidden), batch, frozen=False)
+        return task_loss(out.logits, batch["labels"], model.config.problem)
 
     size = min(config.batch_size, len(train))
     batches = Batches(train, size, seed=config.seed, buckets=config.buckets)
     count = max(1, min(config.importance_examples // size, batches.epoch_steps))
-    return importance_order(measure_importance(model, (batches[i] for i in range(count)), loss), model.config)
+    importance = measure_importance(model, (batches[i] for i in range(count)), loss)
+    if config.keep_layers == "influence":
+        importance = dataclasses.replace(
+            importance, layers=block_influence(model, map(batches.__getitem__, range(count)))
+        )
+    return importance_order(importance, model.config)
 
 
 def _report(fitted: Fitted, stage: Stage, validation: Encoded, console: Console) -> None:
     """One line after each stage: how its largest and its smallest subnet do on the validation split."""
-    metric, space = fitted.task.metric, fitted.space
+    metric, space = "perplexity" if fitted.task.is_language else fitted.task.metric, fitted.space
     space = space.at_full_depth() if stage.sample == "width" else space
     subnets = {"maxnet": space.maxnet} if stage.sample == "maxnet" else {"maxnet": space.maxnet, "minnet": space.minnet}
     merged, scores = fitted.merged, []

@@ -2,13 +2,16 @@
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 import mlfs_jax as mlfs
+from mlfs_jax.distill import DistillConfig, init_projection
 from mlfs_jax.errors import SubnetError
 from mlfs_jax.importance import block_influence, importance_order, measure_importance, reorder, reorder_lora
 from mlfs_jax.model import forward
 from mlfs_jax.subnet import num_params
+from mlfs_jax.supernet import Supernet
 from tests.mlfs.tiny import DECODERS, random_lora, tiny_decoder, tiny_tokens
 
 TOLERANCE = 1e-4  # fp32 logits
@@ -76,3 +79,21 @@ def test_block_influence_is_one_minus_the_cosine():
         a, b = stream[layer][real], stream[layer + 1][real]
         cosine = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
         np.testing.assert_allclose(found, 1 - cosine.mean(), atol=1e-5)
+
+
+def test_a_language_model_trains_masked_and_sliced_alike_and_learns():
+    model = tiny_decoder("llama")
+    batch, distill = tiny_tokens(model.config), DistillConfig(feature_dim=6)
+    subnets = (mlfs.Subnet(13, (2,) * 2, (7,) * 2, (0, 2)), mlfs.Subnet(24, (2,) * 3, (20,) * 3, (0, 1, 2)))
+    after = {}
+    for execution in ("masked", "sliced"):
+        supernet = Supernet(model.config, distill, optax.adam(1e-2), execution)
+        features = init_projection(jax.random.key(3), model.config.embed, distill)
+        state, curve = supernet.init({"lora": random_lora(model), "features": features}), []
+        for _ in range(12):
+            state, losses = supernet.step(state, model.base, batch, subnets, 0.5)
+            curve.append(np.asarray(losses))
+        after[execution] = curve
+    np.testing.assert_allclose(after["masked"][0], after["sliced"][0], rtol=1e-4)
+    np.testing.assert_allclose(after["masked"][-1], after["sliced"][-1], rtol=1e-2)
+    assert (after["sliced"][-1] < 0.9 * after["sliced"][0]).all()

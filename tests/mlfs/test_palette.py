@@ -23,7 +23,7 @@ def test_rows_say_what_the_sliced_models_are(fitted):
     palette = measure(fitted, batch_sizes=(1, 2), seconds=0)
     assert [row.name for row in palette.rows] == list(fitted.space.names())
     assert palette.split == "test" and palette.metric == "accuracy" and palette.length == 12
-    data = fitted.config.load_data(fitted.task)["test"]
+    data = fitted.config.load_data(fitted.task, fitted.model)["test"]
     assert palette.examples == len(data)
     assert palette.baseline == np.bincount(data.labels).max() / len(data)
     for row in palette.rows:

@@ -109,7 +109,7 @@ def test_a_palette_learns_the_task(config, tiny_hf, tmp_path):
         save_every=1000,
     )
     fitted = mlfs.fit(config, tmp_path / "run", console=QUIET)
-    test = config.load_data(fitted.task)["test"]
+    test = config.load_data(fitted.task, fitted.model)["test"]
     for name in ("maxnet", "minnet"):
         small = mlfs.slice_subnet(fitted.merged, fitted.space.named(name))
         assert evaluate(small, test, "accuracy")["accuracy"] > 0.9, name
