@@ -1,6 +1,8 @@
 """MLFS in JAX: one frozen pretrained model, many subnets for many devices."""
 
 import importlib
+import sys
+import types
 
 __version__ = "0.1.0"
 
@@ -12,6 +14,7 @@ _HOME = {
     "distill": ("DistillConfig",),
     "evaluate": ("evaluate",),
     "export": ("export_adapter", "export_subnet"),
+    "generate": ("GenerateConfig", "Generated", "Session", "generate", "stream"),
     "hf.export": ("ExportReport", "export_hf"),
     "hf.load": ("from_pretrained",),
     "hf.peft": ("export_peft",),
@@ -39,3 +42,14 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return [*globals(), *__all__]
+
+
+class _FrontDoor(types.ModuleType):
+    """Importing ``mlfs_jax.generate`` would put the module in the place of the function of that name."""
+
+    def __setattr__(self, name: str, value):
+        if not (name in _MODULE and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _FrontDoor

@@ -36,12 +36,14 @@ class RunError(MLFSError):
     """A run directory that cannot be used: it holds another run, is incomplete, or could not be written."""
 
 
+class SessionError(MLFSError, ValueError):
+    """A cache of generated text that is given to another network than the one that filled it."""
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
     """The error for an unknown `name` of a `kind` ("model", "task"), offering the nearest `known` names."""
     known = sorted(known)
     lower = {k.lower(): k for k in known}
     near = [lower[k] for k in difflib.get_close_matches(name.lower(), list(lower), n=3, cutoff=0.5)]
-    hint = (
-        f"did you mean {' or '.join(map(repr, near))}?" if near else "there is nothing with a similar name."
-    )
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "there is nothing with a similar name."
     return UnknownNameError(f"unknown {kind} {name!r}: {hint} Known: {', '.join(known) or 'none'}.")
