@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mlfs_jax.config import EncoderConfig
+from mlfs_jax.config import Config, DecoderConfig
 from mlfs_jax.model import Model
 
 if TYPE_CHECKING:
@@ -15,16 +15,18 @@ AUTO = {
     "sequence": "AutoModelForSequenceClassification",
     "token": "AutoModelForTokenClassification",
     "mlm": "AutoModelForMaskedLM",
+    "lm": "AutoModelForCausalLM",
 }
 PIPELINES = {
     "none": "feature-extraction",
     "sequence": "text-classification",
     "token": "token-classification",
     "mlm": "fill-mask",
+    "lm": "text-generation",
 }
 
 
-def model_card(model: Model, exported: EncoderConfig, report: ExportReport, extra: str | None) -> str:
+def model_card(model: Model, exported: Config, report: ExportReport, extra: str | None) -> str:
     """Markdown: how to load it, what it is, what the export changed, and ``extra`` (evaluation numbers)."""
     config, auto, place = model.config, AUTO[model.config.head], report.directory.name
     tokenizer = any(file.startswith(("tokenizer", "vocab")) or file.endswith(".model") for file in report.files)
@@ -47,6 +49,7 @@ def model_card(model: Model, exported: EncoderConfig, report: ExportReport, extr
     table += [f"| {what} | {ours} | {theirs} | {before or ours} |" for what, ours, theirs, before in rows]
     table.append(f"| parameters | {report.params_before:,} | {report.params_after:,} | |")
 
+    kind = "decoder" if isinstance(config, DecoderConfig) else "encoder"
     why = " ".join(report.why) or "The shape is expressed as it is."
     lines = [
         "---",
@@ -57,7 +60,7 @@ def model_card(model: Model, exported: EncoderConfig, report: ExportReport, extr
         "",
         f"# {place}",
         "",
-        f"A {config.family} encoder with {report.params_before:,} parameters, written by mlfs_jax from `{model.name}`.",
+        f"A {config.family} {kind} with {report.params_before:,} parameters, written by mlfs_jax from `{model.name}`.",
         "",
         "```python",
         *load,

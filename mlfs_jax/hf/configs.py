@@ -1,15 +1,16 @@
-"""config.json <-> EncoderConfig; each way refuses what the other side cannot express, and says why."""
+"""config.json <-> our config; each way refuses what the other side cannot express, and says why."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 from mlfs_jax.backbone.layers import ACTIVATIONS
-from mlfs_jax.config import EncoderConfig
+from mlfs_jax.config import Config, DecoderConfig, EncoderConfig
 from mlfs_jax.errors import ConfigError, unknown
-from mlfs_jax.hf.families import FAMILIES
-from mlfs_jax.hf.table import Family
+from mlfs_jax.hf.families import FAMILIES, NOT_NATIVE
+from mlfs_jax.hf.table import DecoderFamily, EncoderFamily, Family
 
 # Switches of their configs that change the function; what is listed is the only value that is built here.
 _ONLY = {
@@ -19,21 +20,36 @@ _ONLY = {
     "pruned_heads": ({}, "load it in transformers and save it unpruned: stacked layers need equal head counts"),
 }
 
+_ONLY_DECODERS = {
+    "is_encoder_decoder": (False, "encoders with a decoder are not built here"),
+    "add_cross_attention": (False, "cross attention is not built here"),
+    "use_bidirectional_attention": (False, "decoders are causal here"),
+    "quantization_config": (None, "load it in transformers and save it dequantised"),
+}
+
 
 def family_of(hf: Mapping) -> Family:
     """The table for a config.json.
 
     Raises:
-        ConfigError: it has no ``model_type``.
+        ConfigError: it has no ``model_type``, or one that transformers 5 has no class for.
         UnknownNameError: its family is not built here.
     """
     if not isinstance(hf.get("model_type"), str):
         raise ConfigError(
             f"config.json has model_type {hf.get('model_type')!r}: expected one of {', '.join(FAMILIES)}."
         )
-    if hf["model_type"] not in FAMILIES:
-        raise unknown("model family (model_type in config.json)", hf["model_type"], FAMILIES)
-    return FAMILIES[hf["model_type"]]
+    name, architecture = hf["model_type"], (hf.get("architectures") or [None])[0]
+    for key in (architecture, name):
+        if key in NOT_NATIVE and not (key == name and name in FAMILIES):
+            what, nearest = NOT_NATIVE[key]
+            raise ConfigError(
+                f"{key!r} in config.json is {what}, which transformers 5 has no class for, so it is not built here. "
+                f"The nearest family that is: {nearest}."
+            )
+    if name not in FAMILIES:
+        raise unknown("model family (model_type in config.json)", name, FAMILIES)
+    return FAMILIES[name]
 
 
 def from_hf(
@@ -43,8 +59,8 @@ def from_hf(
     labels: int | None = None,
     problem: str | None = None,
     pooler: bool = False,
-) -> EncoderConfig:
-    """A config.json as an EncoderConfig.
+) -> Config:
+    """A config.json as our config.
 
     Args:
         head, labels, problem: None takes the checkpoint's own. ``labels`` counts for sequence and token heads only.
@@ -54,7 +70,9 @@ def from_hf(
         ConfigError: it needs something that is not built here; the message names the entry.
     """
     family = family_of(hf)
-    for entry, (only, why) in _ONLY.items():
+    decoder = isinstance(family, DecoderFamily)
+    rules = _ONLY_DECODERS | {e: (v, "another is not built") for e, v in family.only.items()} if decoder else _ONLY
+    for entry, (only, why) in rules.items():
         if (hf.get(entry) or only) != only:
             raise ConfigError(f"{entry} = {hf[entry]!r} in config.json: only {only!r} works here; {why}.")
     if head is None:
@@ -67,6 +85,18 @@ def from_hf(
             )
     if head not in family.heads:
         raise ConfigError(f"head = {head!r}: expected one of {', '.join(family.heads)}.")
+    if decoder:
+        if labels is not None or problem is not None:
+            raise ConfigError(
+                f"labels = {labels}, problem = {problem!r}: the head of a {family.name} decoder has none."
+            )
+        return family.from_hf(hf).replace(head=head)
+    return _encoder(family, hf, head, labels, problem, pooler and "pooler.dense" in family.heads["none"])
+
+
+def _encoder(
+    family: EncoderFamily, hf: Mapping, head: str, labels: int | None, problem: str | None, pooler: bool
+) -> EncoderConfig:
     if head == "mlm" and not hf.get("tie_word_embeddings", True):
         raise ConfigError("tie_word_embeddings = false in config.json: the mlm head here uses the token table itself.")
 
@@ -112,8 +142,8 @@ def _own_problem(hf: Mapping) -> str:
     return known[problem]
 
 
-def to_hf(config: EncoderConfig, *, label_names: Sequence[str] | None = None) -> dict:
-    """An EncoderConfig as the dict of a config.json.
+def to_hf(config: Config, *, label_names: Sequence[str] | None = None) -> dict:
+    """Our config as the dict of a config.json.
 
     What a family cannot express is found by reading the result back.
 
@@ -124,6 +154,32 @@ def to_hf(config: EncoderConfig, *, label_names: Sequence[str] | None = None) ->
         raise unknown("model family", config.family, FAMILIES)
     family = FAMILIES[config.family]
     hf = {"model_type": family.name, "architectures": [family.architectures[config.head]], "dtype": "float32"}
+    if isinstance(config, DecoderConfig):
+        if label_names is not None:
+            raise ConfigError(f"label_names = {[*label_names]}: the head of a decoder has no labels.")
+        hf |= family.to_hf(config)
+        read = from_hf(hf)
+    else:
+        hf |= _encoder_entries(family, config, label_names)
+        read = from_hf(hf, pooler=config.pooler)
+    odd = [f.name for f in dataclasses.fields(config) if not _same(getattr(read, f.name), getattr(config, f.name))]
+    if odd:
+        said = (f"{name} = {getattr(config, name)!r} (read back: {getattr(read, name)!r})" for name in odd)
+        raise ConfigError(f"{family.name} at Hugging Face cannot express {', '.join(said)}.")
+    return hf
+
+
+def _same(a: object, b: object) -> bool:
+    """Equal, numbers to rounding: some entries of config.json are quotients of ours."""
+    if isinstance(a, float) and isinstance(b, float | int):
+        return math.isclose(a, b, rel_tol=1e-12)
+    if dataclasses.is_dataclass(a) and type(a) is type(b):
+        return all(_same(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a))
+    return a == b
+
+
+def _encoder_entries(family: EncoderFamily, config: EncoderConfig, label_names: Sequence[str] | None) -> dict:
+    hf = {}
     width = {"embedding_size": config.embedding_size or config.embed}  # theirs is never empty
     for ours, (theirs, _) in family.fields.items():
         hf[theirs] = width.get(ours, getattr(config, ours))
@@ -137,14 +193,8 @@ def to_hf(config: EncoderConfig, *, label_names: Sequence[str] | None = None) ->
         hf["problem_type"] = "regression" if regression else "single_label_classification"
     if config.head == "mlm":
         hf["tie_word_embeddings"] = True
-
     if config.embed % config.heads:
         raise ConfigError(
             f"{family.name} at Hugging Face needs embed ({config.embed}) to be a multiple of heads ({config.heads})."
         )
-    read = from_hf(hf, pooler=config.pooler)
-    odd = [f for f in dataclasses.fields(config) if getattr(read, f.name) != getattr(config, f.name)]
-    if odd:
-        said = (f"{f.name} = {getattr(config, f.name)!r} (read back: {getattr(read, f.name)!r})" for f in odd)
-        raise ConfigError(f"{family.name} at Hugging Face cannot express {', '.join(said)}.")
     return hf

@@ -14,14 +14,13 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from mlfs_jax.backbone.tree import flatten
-from mlfs_jax.config import EncoderConfig
+from mlfs_jax.config import Config, DecoderConfig
 from mlfs_jax.errors import CheckpointError, RunError
 from mlfs_jax.hf.card import model_card
 from mlfs_jax.hf.configs import to_hf
 from mlfs_jax.hf.families import FAMILIES
 from mlfs_jax.hf.load import INDEX, SINGLE
 from mlfs_jax.hf.reshape import Shape, nearest_shape, reshape_weights
-from mlfs_jax.hf.table import to_theirs
 from mlfs_jax.model import Model, abstract
 
 REPORT = "mlfs_export.json"
@@ -76,7 +75,7 @@ def export_hf(
     *,
     tokenizer_from: str | Path | None = None,
     label_names: Sequence[str] | None = None,
-    sliced_from: EncoderConfig | None = None,
+    sliced_from: Config | None = None,
     max_shard_bytes: int = 5_000_000_000,
     card: str | None = None,
 ) -> ExportReport:
@@ -150,30 +149,28 @@ def _tokenizer_files(asked: str | Path | None, source: Path | None) -> list[Path
     return files
 
 
-def _write_weights(
-    folder: Path, config: EncoderConfig, weights: dict[str, np.ndarray], max_shard_bytes: int
-) -> list[str]:
+def _write_weights(folder: Path, config: Config, weights: dict[str, np.ndarray], max_shard_bytes: int) -> list[str]:
     """Write the safetensors files, one shard in memory at a time; returns their names."""
-    family, specs = FAMILIES[config.family], flatten(abstract(config)[1])
-    keys = {name: family.keys(name, spec.axes, spec.shape, config.head) for name, spec in specs.items()}
-    shards: list[list[tuple[str, str, int]]] = [[]]  # (key, our name, which layer)
+    slots = FAMILIES[config.family].slots(flatten(abstract(config)[1]), config.head)
+    shards: list[list[tuple[int, int]]] = [[]]  # (which slot, which of its tensors)
     room, total = max_shard_bytes, 0
-    for name, weight in weights.items():
-        size = weight.nbytes // len(keys[name])
-        for i, key in enumerate(keys[name]):
+    for n, slot in enumerate(slots):
+        size = sum(weights[name].nbytes for name in slot.names) // len(slot.keys)
+        for i in range(len(slot.keys)):
             if size > room and shards[-1]:
                 shards.append([])
                 room = max_shard_bytes
-            shards[-1].append((key, name, i))
+            shards[-1].append((n, i))
             room -= size
             total += size
     many = len(shards) > 1
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if many else SINGLE for i in range(len(shards))]
     weight_map = {}
     for file, shard in zip(names, shards, strict=True):
-        turned = {name: to_theirs(name, specs[name].axes, weights[name]) for name in {name for _, name, _ in shard}}
-        save_file({key: turned[name][i] for key, name, i in shard}, folder / file, metadata={"format": "pt"})
-        weight_map |= {key: file for key, _, _ in shard}
+        turned = {n: slots[n].to_theirs(weights) for n in {n for n, _ in shard}}
+        tensors = {slots[n].keys[i]: turned[n][i] for n, i in shard}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
     if many:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -193,16 +190,18 @@ def _replace(fresh: Path, directory: Path) -> None:
         fresh.rename(directory)
 
 
-def _changes(before: EncoderConfig | None, after: EncoderConfig) -> dict[str, tuple[int, int]]:
+def _changes(before: Config | None, after: Config) -> dict[str, tuple[int, int]]:
     if before is None:
         return {}
     pairs = {f: (getattr(before, f), getattr(after, f)) for f in ("embed", "layers", "heads", "head_dim", "mlp")}
     return {f: (a, b) for f, (a, b) in pairs.items() if a != b}
 
 
-def _why(config: EncoderConfig, shape: Shape) -> tuple[str, ...]:
+def _why(config: Config, shape: Shape) -> tuple[str, ...]:
     d, n, h = config.embed, config.heads, config.head_dim
     why = []
+    if isinstance(config, DecoderConfig):
+        return ()
     if (shape.embed, shape.heads, shape.head_dim) != (d, n, h):
         why.append(
             f"{config.family} at Hugging Face has head size = hidden / heads; here {n} heads of size {h} go with "

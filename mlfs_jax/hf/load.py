@@ -16,10 +16,10 @@ from jaxtyping import Array
 from safetensors import SafetensorError, safe_open
 
 from mlfs_jax.backbone.tree import flatten
-from mlfs_jax.config import EncoderConfig
+from mlfs_jax.config import Config
 from mlfs_jax.errors import CheckpointError
 from mlfs_jax.hf.configs import family_of, from_hf, own_labels
-from mlfs_jax.hf.table import LEAVES, Family, hf_shape, to_ours
+from mlfs_jax.hf.table import LEAVES, Family
 from mlfs_jax.model import Model, abstract, build, init_weights
 from mlfs_jax.registry import resolve_model
 
@@ -91,8 +91,8 @@ def from_pretrained(
     """A pretrained model: a name of the catalogue, a hub id, or a local Hugging Face directory.
 
     Args:
-        head: "none", "sequence", "token" or "mlm"; None keeps the checkpoint's own. Another head than its own keeps
-            the backbone and starts a new head.
+        head: "none", "sequence", "token" or "mlm", for a decoder "none" or "lm"; None keeps the checkpoint's own.
+            Another head than its own keeps the backbone and starts a new head.
         labels: outputs of a sequence or token head; None keeps the checkpoint's own count.
         problem: "classification" or "regression" for a sequence head; None keeps the checkpoint's own.
         key: seed or key for weights that the checkpoint lacks.
@@ -138,32 +138,27 @@ def load_checkpoint(
         config = from_hf(
             hf, head=head, labels=labels, problem=problem, pooler=any(key.startswith("pooler.") for key in tensors)
         )
-        if config.head == "none" and "pooler.dense" not in family.heads["none"]:
-            config = config.replace(pooler=False)
         fresh = _fresh_sites(hf, family, config, tensors)
 
-        _, base = abstract(config)
+        specs = flatten(abstract(config)[1])
         weights, initialised, missing, used = {}, [], [], set()
-        for name, spec in flatten(base).items():
-            site = name.rpartition(".")[0]
-            if site in fresh:
-                initialised.append(name)
+        for slot in family.slots(specs, config.head):
+            if slot.names[0].rpartition(".")[0] in fresh:
+                initialised += slot.names
                 continue
-            keys = family.keys(name, spec.axes, spec.shape, config.head)
-            found = [tensors.get(family.canonical(key)) for key in keys]
+            found = [tensors.get(family.canonical(key)) for key in slot.keys]
             if None in found:
-                missing += [key for key, tensor in zip(keys, found, strict=True) if tensor is None]
+                missing += [key for key, tensor in zip(slot.keys, found, strict=True) if tensor is None]
                 continue
-            expected = hf_shape(name, spec.axes, spec.shape)
             for tensor in found:
-                if tensor.shape != expected:
+                if tensor.shape != slot.shape:
                     raise CheckpointError(
                         f"{tensor.key} in {directory / tensor.file} has shape {tensor.shape}; config.json makes it "
-                        f"{expected}."
+                        f"{slot.shape}."
                     )
             used.update(family.canonical(tensor.key) for tensor in found)
-            value = to_ours(name, spec.axes, spec.shape, [tensor.read(dtype) for tensor in found])
-            weights[name] = _place(value, name, spec.axes, sharding)
+            for name, value in slot.to_ours(tensor.read(dtype) for tensor in found).items():
+                weights[name] = _place(value, name, specs[name].axes, sharding)
         if missing:
             raise CheckpointError(
                 f"{directory} lacks {_some(missing)} ({len(missing)} in all); looked in {', '.join(files)}."
@@ -173,9 +168,8 @@ def load_checkpoint(
     if initialised:
         root = jax.random.key(key) if isinstance(key, int) else key
         new = init_weights(config, root, tuple(initialised))
-        axes = {name: spec.axes for name, spec in flatten(base).items()}
         for name, value in new.items():
-            weights[name] = _place(np.asarray(value, dtype), name, axes[name], sharding)
+            weights[name] = _place(np.asarray(value, dtype), name, specs[name].axes, sharding)
     report = LoadReport(directory, tuple(files), tuple(initialised), tuple(dropped))
     return build(config, weights, name=directory.name, source=directory), report
 
@@ -240,7 +234,7 @@ def _open(directory: Path, family: Family, stack: ExitStack) -> tuple[dict[str, 
     return tensors, files
 
 
-def _fresh_sites(hf: dict, family: Family, config: EncoderConfig, tensors: dict[str, _Tensor]) -> set[str]:
+def _fresh_sites(hf: dict, family: Family, config: Config, tensors: dict[str, _Tensor]) -> set[str]:
     """Sites of the head that start new, because the checkpoint's own head is another one.
 
     A module of the base model (BERT's pooler) is taken from any checkpoint that has it. Half a module is not new: its
@@ -253,7 +247,7 @@ def _fresh_sites(hf: dict, family: Family, config: EncoderConfig, tensors: dict[
     else:  # config.json does not say what it is: the tensors do
         same = any(there.values())
     if same:
-        return set() if config.labels in (0, own_labels(hf)) else {"head.out"}
+        return set() if getattr(config, "labels", 0) in (0, own_labels(hf)) else {"head.out"}
     return {site for site, module in head.items() if not (module.startswith(family.prefix) and there[site])}
 
 
@@ -261,14 +255,17 @@ def _account(tensors, used, family, weights, head, directory) -> list[str]:
     """Keys that no weight used: tied copies are compared, other heads' are returned, the rest raises."""
     dropped, strange = [], []
     for canonical, tensor in tensors.items():
-        if canonical in used or canonical in family.buffers:
+        if canonical in used or family.is_buffer(canonical):
             continue
-        if canonical in family.tied and head == "mlm":
+        if canonical in family.tied and head in ("mlm", "lm"):
             ours = weights.get(family.tied[canonical])
             if ours is not None and not np.array_equal(tensor.read(ours.dtype), np.asarray(ours)):
+                why = "an untied output layer is not built here."
+                if head == "lm":
+                    why = "for a head of its own, config.json must say tie_word_embeddings = false."
                 raise CheckpointError(
                     f"{tensor.key} in {directory / tensor.file} differs from the weight it is tied to "
-                    f"({family.tied[canonical]}): an untied output layer is not built here."
+                    f"({family.tied[canonical]}): {why}"
                 )
         elif family.is_foreign(canonical):
             dropped.append(tensor.key)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlfs_jax.backbone.tree import STACKED, flatten
-from mlfs_jax.config import EncoderConfig
+from mlfs_jax.config import Config, DecoderConfig, EncoderConfig
 from mlfs_jax.model import Model
 
 
@@ -38,6 +38,8 @@ class Shape:
 def nearest_shape(config: EncoderConfig) -> Shape:
     """The expressible shape that adds the fewest parameters: the fewest copies of the stream, then heads of their
     own size if possible, then the fewest added heads (the attention matrices are as large for every choice)."""
+    if isinstance(config, DecoderConfig):
+        return Shape(1, config.heads, config.head_dim)
     copies = 0
     while True:
         copies += 1
@@ -53,9 +55,11 @@ def nearest_shape(config: EncoderConfig) -> Shape:
             return min(fits, key=lambda shape: (shape.head_dim != config.head_dim, shape.heads))
 
 
-def reshape_weights(model: Model, shape: Shape) -> tuple[EncoderConfig, dict[str, np.ndarray]]:
+def reshape_weights(model: Model, shape: Shape) -> tuple[Config, dict[str, np.ndarray]]:
     """The model's config and weights (on the host) in another shape; the same function."""
     config = model.config
+    if isinstance(config, DecoderConfig):
+        return config, {name: np.asarray(param[...]) for name, param in flatten(model.base).items()}
     reshaped = config.replace(embed=shape.embed, heads=shape.heads, head_dim=shape.head_dim)
     sizes = {"heads": shape.heads, "head_dim": shape.head_dim}
     weights = {}

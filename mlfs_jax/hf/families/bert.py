@@ -1,6 +1,6 @@
 """BERT and what is shaped like it (MiniLM). Source: transformers ``models/bert/modeling_bert.py``."""
 
-from mlfs_jax.hf.table import Family
+from mlfs_jax.hf.table import EncoderFamily
 
 FIELDS = {
     "vocab_size": ("vocab_size", 30522),
@@ -32,7 +32,7 @@ MODULES = {
 
 BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
 
-FAMILY = Family(
+FAMILY = EncoderFamily(
     name="bert",
     prefix="bert.",
     fields=FIELDS,

@@ -4,9 +4,9 @@ Its ``sinusoidal_pos_embds`` says only how the position table was filled; the ta
 """
 
 from mlfs_jax.hf.families.bert import BUFFERS
-from mlfs_jax.hf.table import Family
+from mlfs_jax.hf.table import EncoderFamily
 
-FAMILY = Family(
+FAMILY = EncoderFamily(
     name="distilbert",
     prefix="distilbert.",
     fields={

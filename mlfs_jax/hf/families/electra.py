@@ -1,9 +1,9 @@
 """ELECTRA: BERT's blocks behind narrower embedding tables. Source: ``models/electra/modeling_electra.py``."""
 
 from mlfs_jax.hf.families.bert import BUFFERS, FIELDS, MODULES
-from mlfs_jax.hf.table import Family
+from mlfs_jax.hf.table import EncoderFamily
 
-FAMILY = Family(
+FAMILY = EncoderFamily(
     name="electra",
     prefix="electra.",
     fields=FIELDS

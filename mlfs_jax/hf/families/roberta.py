@@ -1,9 +1,9 @@
 """RoBERTa: BERT's blocks, positions counted over real tokens. Source: ``models/roberta/modeling_roberta.py``."""
 
 from mlfs_jax.hf.families.bert import BUFFERS, FIELDS, MODULES
-from mlfs_jax.hf.table import Family
+from mlfs_jax.hf.table import EncoderFamily
 
-FAMILY = Family(
+FAMILY = EncoderFamily(
     name="roberta",
     prefix="roberta.",
     fields=FIELDS | {"vocab_size": ("vocab_size", 50265), "pad_token_id": ("pad_token_id", 1)},
