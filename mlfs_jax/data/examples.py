@@ -50,6 +50,19 @@ class Examples:
         return self.take(rows_of_user(self.users, user))
 
 
+def prompted(
+    template: str, texts: Sequence[str], completions: Sequence[str], fields: Sequence[dict[str, str]] | None = None
+) -> Examples:
+    """Seq2seq examples whose prompts are `template` with {text}, which it begins with, and `fields` filled in.
+
+    A completion gets the space that separates it from its prompt.
+    """
+    end = template.removeprefix("{text}")
+    tails = [end] * len(texts) if fields is None else [end.format(**row) for row in fields]
+    tails = [tail if text else tail.lstrip() for text, tail in zip(texts, tails, strict=True)]
+    return Examples(list(texts), tails=tails, completions=[f" {c}" for c in completions])
+
+
 def draw(total: int, n: int, seed: int) -> np.ndarray:
     """`n` of `total` row numbers at random, ascending."""
     if n < 1:

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,28 +31,13 @@ def read_splits(
     """
     if labels is not None and problem == "regression":
         raise ConfigError("labels are the names of classes; with problem='regression' leave them out.")
-    if path.is_dir():
-        found = {s: _find(path, s) for s in ("train", "validation", "test")}
-        if found["train"] is None or found["validation"] is None:
-            raise DataError(
-                f"{path} has no train or no validation file; expected train.jsonl (or .csv) and "
-                "validation.jsonl, or give one file, which is then split by a hash of the text."
-            )
-        tables = {split: (file, read_rows(file)) for split, file in found.items() if file}
-    else:
-        tables = {"train": (path, read_rows(path))}
+    tables = {split: (file, read_rows(file)) for split, file in split_files(path, READERS).items()}
     file, rows = tables["train"]
     problem = problem or ("regression" if any(isinstance(r.label, float) for r in rows) else "classification")
     names = _label_names(file, rows, labels) if problem == "classification" else ()
     splits = {split: _examples(*table, problem, names) for split, table in tables.items()}
     if not path.is_dir():
-        splits = split_by_hash(splits["train"])
-        empty = [split for split in splits if not len(splits[split])]
-        if empty:
-            raise DataError(
-                f"{path}: {len(rows)} rows are too few to split: {' and '.join(empty)} would be empty; "
-                "add rows, or give a folder with train.*, validation.* (and test.*) files."
-            )
+        splits = split_file(path, splits["train"])
     if problem == "classification" and len(np.unique(splits["train"].labels)) < 2:
         raise DataError(
             f"{file}: the training rows have a single class, {names[splits['train'].labels[0]]!r}; "
@@ -61,17 +46,41 @@ def read_splits(
     return problem, names, splits
 
 
-def _find(folder: Path, split: str) -> Path | None:
-    files = [folder / f"{split}{suffix}" for suffix in READERS if (folder / f"{split}{suffix}").is_file()]
-    if len(files) > 1:
-        raise DataError(f"{folder} has both {files[0].name} and {files[1].name}; keep one.")
-    return files[0] if files else None
+def split_files(path: Path, suffixes: Iterable[str]) -> dict[str, Path]:
+    """{"train": path} of a file, and of a folder its train.*, validation.* and perhaps test.* files."""
+    if not path.is_dir():
+        return {"train": path}
+    found = {}
+    for split in ("train", "validation", "test"):
+        files = [file for suffix in suffixes if (file := path / f"{split}{suffix}").is_file()]
+        if len(files) > 1:
+            raise DataError(f"{path} has both {files[0].name} and {files[1].name}; keep one.")
+        if files:
+            found[split] = files[0]
+    if "train" not in found or "validation" not in found:
+        raise DataError(
+            f"{path} has no train or no validation file; expected train.jsonl (or {', '.join(set(suffixes))}) and "
+            "validation.jsonl, or give one file, which is then split by a hash of the text."
+        )
+    return found
 
 
-def read_rows(file: Path) -> list[Row]:
-    """The rows of a .jsonl or .csv file; raises `DataError` naming the file and the line."""
-    if file.suffix not in READERS:
-        raise DataError(f"{file} is not a data file: expected one of {', '.join(READERS)}.")
+def split_file(path: Path, examples: Examples) -> dict[str, Examples]:
+    """The examples of one file split by hash; raises `DataError` where they are too few for that."""
+    splits = split_by_hash(examples)
+    empty = [split for split in splits if not len(splits[split])]
+    if empty:
+        raise DataError(
+            f"{path}: {len(examples)} rows are too few to split: {' and '.join(empty)} would be empty; "
+            "add rows, or give a folder with train.*, validation.* (and test.*) files."
+        )
+    return splits
+
+
+def read_content(file: Path, suffixes: Iterable[str], fields: str) -> str:
+    """The text of a data file; raises `DataError` for another suffix, for what is not UTF-8 and for nothing."""
+    if file.suffix not in suffixes:
+        raise DataError(f"{file} is not a data file: expected one of {', '.join(suffixes)}.")
     try:
         raw = file.read_bytes()
     except OSError as e:
@@ -82,7 +91,13 @@ def read_rows(file: Path) -> list[Row]:
         line = raw[: e.start].count(b"\n") + 1
         raise DataError(f"{file}, line {line}: not UTF-8 (byte 0x{raw[e.start]:02x}); save the file as UTF-8.") from e
     if not content.strip():
-        raise DataError(f"{file}, line 1: the file is empty; expected rows with the fields text and label.")
+        raise DataError(f"{file}, line 1: the file is empty; expected {fields}.")
+    return content
+
+
+def read_rows(file: Path) -> list[Row]:
+    """The rows of a .jsonl or .csv file; raises `DataError` naming the file and the line."""
+    content = read_content(file, READERS, "rows with the fields text and label")
     rows = READERS[file.suffix](file, content)
     if not rows:
         raise DataError(f"{file}, line 2: there are no rows below the header.")
@@ -99,8 +114,8 @@ def read_rows(file: Path) -> list[Row]:
     return rows
 
 
-def _read_jsonl(file: Path, content: str) -> list[Row]:
-    rows = []
+def json_records(file: Path, content: str, fields: str) -> Iterator[tuple[int, dict]]:
+    """(line, object) of each line of a .jsonl file that is not blank; `fields` says what is expected."""
     for line, text in enumerate(content.split("\n"), 1):
         if not text.strip():
             continue
@@ -109,9 +124,12 @@ def _read_jsonl(file: Path, content: str) -> list[Row]:
         except json.JSONDecodeError as e:
             raise DataError(f"{file}, line {line}: not JSON: {e.msg} at column {e.colno}.") from e
         if not isinstance(record, dict):
-            raise DataError(f"{file}, line {line}: expected an object with text and label, got {text.strip()[:40]!r}.")
-        rows.append(_row(file, line, record))
-    return rows
+            raise DataError(f"{file}, line {line}: expected an object with {fields}, got {text.strip()[:40]!r}.")
+        yield line, record
+
+
+def _read_jsonl(file: Path, content: str) -> list[Row]:
+    return [_row(file, line, record) for line, record in json_records(file, content, "text and label")]
 
 
 def _read_csv(file: Path, content: str) -> list[Row]:

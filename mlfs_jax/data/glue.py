@@ -1,13 +1,13 @@
 """GLUE's nine tasks through tensorflow-datasets' array_record files: no TensorFlow is imported."""
 
-import importlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from mlfs_jax.data.examples import Examples
-from mlfs_jax.errors import DataError, DownloadError
+from mlfs_jax.data.tfds import as_text, open_dataset
+from mlfs_jax.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -56,27 +56,7 @@ def read_glue(name: str, data_dir: str | Path | None = None) -> dict[str, Exampl
     that is not there is downloaded. Raises `DownloadError` when that fails, `DataError` for records that do
     not fit the task.
     """
-    try:
-        import tensorflow_datasets as tfds
-
-        # Without TensorFlow, tensorflow-datasets does not look for its own builders: importing one registers it.
-        importlib.import_module("tensorflow_datasets.text.glue")
-    except ImportError as e:
-        raise DownloadError(
-            f"{name!r} is read with tensorflow-datasets: `pip install 'mlfs-jax[tfds]'` first ({e})."
-        ) from e
-    try:
-        sources = tfds.data_source(
-            name,
-            data_dir=None if data_dir is None else str(data_dir),
-            builder_kwargs={"file_format": "array_record"},  # the default, TFRecord, needs TensorFlow
-        )
-    except Exception as e:  # its download code raises a dozen kinds
-        first = (str(e).strip().splitlines() or [""])[0]
-        raise DownloadError(
-            f"tensorflow-datasets could not load {name!r}: {type(e).__name__}: {first} Check the network, "
-            "or put the prepared data set (array_record files) under data_dir."
-        ) from e
+    sources = open_dataset(name, "text.glue", data_dir)
     splits = {}
     for split, candidates in SPLITS.items():
         for candidate in candidates:
@@ -96,8 +76,7 @@ def _examples(name: str, split: str, source) -> Examples:
         if missing:
             raise DataError(f"{name} {split}, record {i}: no field {sorted(missing)}; it has {sorted(record)}.")
         for column, field in zip(columns, spec.texts, strict=True):
-            value = record[field]
-            column.append(value.decode("utf-8") if isinstance(value, bytes) else str(value))
+            column.append(as_text(record[field]))
         label = record["label"]
         if spec.labels and not 0 <= int(label) < len(spec.labels):
             raise DataError(f"{name} {split}, record {i}: label {int(label)} is outside 0..{len(spec.labels) - 1}.")

@@ -4,8 +4,10 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import yaml
+
 from mlfs_jax import registry
-from mlfs_jax.data.examples import Examples, split_by_hash
+from mlfs_jax.data.examples import Examples, prompted, split_by_hash
 
 
 @dataclass(frozen=True)
@@ -24,17 +26,6 @@ class LanguageSpec:
     description: str
     template: str = ""
     max_completion: int = 0
-
-
-def prompted(template: str, texts: list[str], completions: list[str], **fields: list[str]) -> Examples:
-    """Seq2seq examples whose prompts are `template` with {text} and the other fields filled in.
-
-    A completion begins with the space that separates it from the prompt.
-    """
-    end = template.removeprefix("{text}")
-    columns = [dict(zip(fields, values, strict=True)) for values in zip(*fields.values(), strict=True)]
-    tails = [end.format(**row) for row in columns] if fields else [end] * len(texts)
-    return Examples(texts, tails=tails, completions=[f" {c}" for c in completions])
 
 
 def _articles(language: str) -> list[tuple[str, str]]:
@@ -57,6 +48,18 @@ def _wiki_description(language: str, template: str, description: str) -> Languag
     return LanguageSpec(read, "seq2seq", 192, description, template, 32)
 
 
+def _read_dialogues() -> dict[str, Examples]:
+    folder, prompts, replies = registry.fetch("dialogues"), [], []
+    for file in sorted(folder.glob("*.yml")):
+        for turns in yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]:
+            if isinstance(turns, list):  # one entry is question and answer in one sentence
+                turns = [turn.strip() for turn in turns]
+                prompts += turns[:-1]
+                replies += turns[1:]
+    return split_by_hash(prompted(DIALOGUE, prompts, replies))
+
+
+DIALOGUE = "{text}\n\nReply:"
 LANGUAGE: dict[str, LanguageSpec] = {
     "wiki-lm": LanguageSpec(_read_wiki_lm, "lm", 256, "leads of English Wikipedia articles as running text"),
     "wiki-description": _wiki_description(
@@ -67,5 +70,8 @@ LANGUAGE: dict[str, LanguageSpec] = {
     ),
     "wiki-description-fr": _wiki_description(
         "fr-fr", "{text}\n\nCourte description :", "French Wikipedia lead to its short description"
+    ),
+    "dialogues": LanguageSpec(
+        _read_dialogues, "seq2seq", 192, "each turn of an English dialogue to the next, without repeats", DIALOGUE, 64
     ),
 }

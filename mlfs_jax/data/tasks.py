@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from mlfs_jax import metrics, registry
-from mlfs_jax.data import files
+from mlfs_jax.data import files, text_files
 from mlfs_jax.data.examples import Examples, split_by_hash
 from mlfs_jax.data.glue import GLUE, read_glue
 from mlfs_jax.data.language import LANGUAGE
+from mlfs_jax.data.prompted_sets import PROMPTED_SETS, read_prompted
 from mlfs_jax.errors import ConfigError, DataError, unknown
 
 __all__ = ["Examples", "Task", "get_task", "task_names"]
@@ -55,8 +56,7 @@ class Task:
     max_completion: int = 0  # seq2seq: the most tokens of a completion, end-of-text included
 
     def __post_init__(self):
-        if self.problem not in PROBLEM_METRICS:
-            raise ConfigError(f"problem is {self.problem!r}; expected one of {', '.join(PROBLEM_METRICS)}.")
+        _check_problem(self.problem)
         metrics.get_metric(self.metric)
         if self.metric not in PROBLEM_METRICS[self.problem]:
             raise ConfigError(
@@ -77,9 +77,14 @@ class Task:
         return {"classification": len(self.labels), "regression": 1}.get(self.problem, 0)
 
 
+def _check_problem(problem: str) -> None:
+    if problem not in PROBLEM_METRICS:
+        raise ConfigError(f"problem is {problem!r}; expected one of {', '.join(PROBLEM_METRICS)}.")
+
+
 def task_names() -> tuple[str, ...]:
-    """The names `get_task` knows; paths of .jsonl and .csv files, and folders of them, come on top."""
-    return ("wiki-topic", "movie", *GLUE, *LANGUAGE)
+    """The names `get_task` knows; paths of .jsonl, .csv and .txt files, and folders of them, come on top."""
+    return ("wiki-topic", "movie", *GLUE, *LANGUAGE, *PROMPTED_SETS)
 
 
 def get_task(
@@ -93,11 +98,12 @@ def get_task(
 ) -> Task:
     """The task called `name_or_path`, or the task in the user's own files.
 
-    Own files: a .jsonl or .csv file with the fields text, label and, for pairs, text_pair (split by a hash of
-    the text), or a folder with train.*, validation.* and perhaps test.*. `problem` and `labels` (class names
-    in index order) are inferred where not given; they, and `data_dir` (of tensorflow-datasets, for glue/*),
-    apply only where they make sense. Raises `UnknownNameError` with the nearest names, `DataError` with the
-    file's line, `ConfigError` for a bad option.
+    Own files: a .jsonl or .csv file with the fields text, label and, for pairs, text_pair; for language, a .txt file or
+    a .jsonl file with text alone, or one with prompt, completion and perhaps user (see `text_files.read_language`).
+    They are split by a hash of the text, or come as a folder with train.*, validation.* and perhaps test.*. `problem`
+    and `labels` (class names in index order) are inferred where not given; they, and `data_dir` (of
+    tensorflow-datasets), apply only where they make sense. Raises `UnknownNameError` with the nearest names,
+    `DataError` with the file's line, `ConfigError` for a bad option.
     """
     name = str(name_or_path)
     path = Path(name_or_path).expanduser()
@@ -135,31 +141,43 @@ def get_task(
             128,
             spec.description,
         )
-    elif name in LANGUAGE:
-        language = LANGUAGE[name]
-        task = Task(
-            name,
-            language.read,
-            language.problem,
-            (),
-            PROBLEM_METRICS[language.problem][0],
-            language.max_length,
-            language.description,
-            language.template,
-            language.max_completion,
-        )
-    elif path.is_file() or path.is_dir() or path.suffix in files.READERS:
+    elif name in LANGUAGE or name in PROMPTED_SETS:
+        task = _language_task(name, data_dir)
+    elif path.is_file() or path.is_dir() or path.suffix in (*files.READERS, *text_files.SUFFIXES["lm"]):
         task = _file_task(path, problem, labels)
     else:
-        raise unknown("task (nor is it a .jsonl or .csv file)", name, task_names())
+        raise unknown("task (nor is it a .jsonl, .csv or .txt file)", name, task_names())
     changes = {"metric": metric, "max_length": max_length}
     return Task(**(vars(task) | {k: v for k, v in changes.items() if v is not None}))
 
 
+def _language_task(name: str, data_dir: str | Path | None) -> Task:
+    if name in LANGUAGE:
+        spec = LANGUAGE[name]
+        problem, read = spec.problem, spec.read
+    else:
+        spec = PROMPTED_SETS[name]
+        problem, read = "seq2seq", lambda: read_prompted(name, data_dir)
+    metric, sizes = PROBLEM_METRICS[problem][0], (spec.max_length, spec.description, spec.template, spec.max_completion)
+    return Task(name, read, problem, (), metric, *sizes)
+
+
 def _file_task(path: Path, problem: str | None, labels: Sequence[str] | None) -> Task:
-    problem, names, splits = files.read_splits(path, problem, labels)
-    metric = "accuracy" if problem == "classification" else "pearson"
-    return Task(str(path), lambda: splits, problem, names, metric, 128, f"own data in {path.name}")
+    description = f"own data in {path.name}"
+    language = problem if problem in text_files.SUFFIXES else None
+    if problem is not None:
+        _check_problem(problem)
+    else:
+        language = text_files.language_of(path)
+    if language is None:
+        problem, names, splits = files.read_splits(path, problem, labels)
+        metric = "accuracy" if problem == "classification" else "pearson"
+        return Task(str(path), lambda: splits, problem, names, metric, 128, description)
+    if labels is not None:
+        raise ConfigError(f"labels are the names of classes, and {path.name} is a {language} task; leave them out.")
+    texts = text_files.read_language(path, language)
+    metric, longest = PROBLEM_METRICS[language][0], 64 if language == "seq2seq" else 0
+    return Task(str(path), lambda: texts, language, (), metric, 256, description, "", longest)
 
 
 def _read_wiki_topic() -> dict[str, Examples]:

@@ -45,6 +45,45 @@ def test_float32_scores_keep_their_precision():
     assert metrics.pearson(y, y) == pytest.approx(1, abs=1e-12)
 
 
+def test_perplexity_of_sums():
+    assert metrics.perplexity(np.log(4) * 10, 10) == pytest.approx(4)
+    assert metrics.perplexity([2.0, 6.0], [1, 3]) == pytest.approx(np.exp(2))
+    many = np.full(100_000, 0.1, np.float32)  # added in float32 these would lose digits
+    assert metrics.perplexity(many, np.ones(100_000)) == pytest.approx(np.exp(0.1), rel=1e-7)
+    assert {"perplexity"} == metrics.LOWER_IS_BETTER < set(metrics.METRICS)
+    for nll, tokens in (([1.0], [0]), ([], []), ([1.0, 2.0], [3])):
+        with pytest.raises(DataError, match="perplexity needs losses and how many tokens"):
+            metrics.perplexity(nll, tokens)
+
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "U.S.", "it's", "3-0", "snake_case", "Dogs"]
+
+
+def test_rouge_equals_the_package_on_ascii():
+    from rouge_score.rouge_scorer import RougeScorer
+
+    rng = np.random.default_rng(0)
+    texts, references = ([" ".join(rng.choice(WORDS, rng.integers(1, 9))) for _ in range(20)] for _ in range(2))
+    oracle = RougeScorer(["rouge1", "rouge2", "rougeL"])
+    want = [oracle.score(r, t) for t, r in zip(texts, references, strict=True)]
+    scores = metrics.rouge(texts, references)
+    for name, value in scores.items():
+        assert value == pytest.approx(np.mean([w[name].fmeasure for w in want]))
+        assert metrics.get_metric(name)(texts, references) == value
+
+
+def test_rouge_keeps_letters_that_english_has_not():
+    assert metrics.rouge_l(["économiste née"], ["économiste né"]) == pytest.approx(0.5)
+    assert metrics.rouge(["государство"], ["Государство"]) == {"rouge1": 1, "rouge2": 0, "rougeL": 1}
+    assert metrics.rouge1(["", "a"], ["a", "a"]) == 0.5
+
+
+def test_rouge_needs_pairs_of_texts():
+    for texts, references in ((["a"], []), ([], []), ("abc", ["a", "b", "c"])):
+        with pytest.raises(DataError, match="as many texts as references"):
+            metrics.rouge(texts, references)
+
+
 def test_mistakes_are_named():
     with pytest.raises(DataError, match=r"\(3,\) and \(2,\)"):
         metrics.accuracy(np.zeros(3), np.zeros(2))

