@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 from mlfs_jax.backbone.tree import STACKED, flatten
 from mlfs_jax.config import DecoderConfig, Rope
 from mlfs_jax.errors import CheckpointError, ConfigError
+from mlfs_jax.hf.configs import to_hf
 from mlfs_jax.hf.gguf_file import GGUFFile, open_gguf
 from mlfs_jax.hf.gguf_tokenizer import tokenizer_files
 from mlfs_jax.hf.table import LEAVES, hf_shape, to_ours
@@ -72,7 +73,7 @@ def gguf_in(path: str | Path) -> Path | None:
     return files[0] if files else None
 
 
-def read_gguf(path: str | Path, *, head: str = "lm", dtype=jnp.float32, place=None, **fields) -> Model:
+def read_gguf(path: str | Path | GGUFFile, *, head: str = "lm", dtype=jnp.float32, place=None, **fields) -> Model:
     """The model in a GGUF file, dequantised.
 
     Args:
@@ -87,7 +88,9 @@ def read_gguf(path: str | Path, *, head: str = "lm", dtype=jnp.float32, place=No
             is not read; the message names it.
         ConfigError: an architecture, a rope scaling or a switch that is not built here.
     """
-    file = open_gguf(path)
+    if head not in ("lm", "none"):
+        raise ConfigError(f"head = {head!r}: a GGUF holds a language model; expected 'lm' or 'none'.")
+    file = path if isinstance(path, GGUFFile) else open_gguf(path)
     config = config_of(file).replace(head=head)
     names = {name: tensor_names(name, spec.axes, spec.shape) for name, spec in flatten(abstract(config)[1]).items()}
     _account(file, config, {key for keys in names.values() for key in keys})
@@ -284,7 +287,7 @@ def permute(rows: np.ndarray, heads: int) -> np.ndarray:
     return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
-def prepare_folder(path: str | Path, *, cache: str | Path | None = None) -> Path:
+def prepare_folder(path: str | Path | GGUFFile, *, cache: str | Path | None = None) -> Path:
     """A folder with config.json, tokenizer.json and tokenizer_config.json of a GGUF file; made once, in one rename.
 
     It also links to the file (``model.gguf``), so it is a model folder like any other.
@@ -295,14 +298,14 @@ def prepare_folder(path: str | Path, *, cache: str | Path | None = None) -> Path
     Raises:
         CheckpointError: the file cannot be read, or its tokenizer is missing or not of a kind that is read here.
     """
-    file = open_gguf(path)
+    file = path if isinstance(path, GGUFFile) else open_gguf(path)
     target_file = file.path.resolve()
     digest = hashlib.sha256(FOLDER_VERSION + os.fsencode(target_file) + file.header).hexdigest()[:12]
     root = Path(cache).expanduser() if cache is not None else cache_dir() / "gguf"
     folder = root / f"{target_file.stem}-{digest}"
     if folder.is_dir():
         return folder
-    files = {"config.json": hf_config(config_of(file)), **tokenizer_files(file.metadata, file.path)}
+    files = {"config.json": to_hf(config_of(file)), **tokenizer_files(file.metadata, file.path)}
     root.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=".tmp-", dir=root))
     try:
@@ -318,45 +321,6 @@ def prepare_folder(path: str | Path, *, cache: str | Path | None = None) -> Path
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return folder
-
-
-def hf_config(config: DecoderConfig) -> dict:
-    """config.json of a model read from a GGUF."""
-    rope = config.rope
-    scaling = {"rope_type": "default" if rope.scaling == "none" else rope.scaling, "rope_theta": rope.theta}
-    if rope.scaling != "none":
-        scaling["factor"] = rope.factor
-    if rope.scaling in ("llama3", "yarn"):
-        scaling["original_max_position_embeddings"] = rope.original_positions
-    if rope.scaling == "llama3":
-        scaling |= {"low_freq_factor": rope.low_freq, "high_freq_factor": rope.high_freq}
-    if rope.scaling == "yarn":
-        scaling |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow}
-        if rope.attention_factor is not None:
-            scaling["attention_factor"] = rope.attention_factor
-    return {
-        "architectures": [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[config.family]],
-        "model_type": config.family,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.embed,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.mlp,
-        "max_position_embeddings": config.max_positions,
-        "rope_parameters": scaling,
-        "rms_norm_eps": config.norm_eps,
-        "hidden_act": config.activation,
-        "attention_bias": config.qkv_bias,
-        "mlp_bias": config.mlp_bias,
-        "tie_word_embeddings": config.tied,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": list(config.eos_token_ids)
-        if len(config.eos_token_ids) > 1
-        else (*config.eos_token_ids, None)[0],
-        "pad_token_id": config.pad_token_id,
-    }
 
 
 def _some(items) -> str:

@@ -17,8 +17,10 @@ from safetensors import SafetensorError, safe_open
 
 from mlfs_jax.backbone.tree import flatten
 from mlfs_jax.config import Config
-from mlfs_jax.errors import CheckpointError
+from mlfs_jax.errors import CheckpointError, ConfigError
 from mlfs_jax.hf.configs import family_of, from_hf, own_labels
+from mlfs_jax.hf.gguf import gguf_in, prepare_folder, read_gguf
+from mlfs_jax.hf.gguf_file import open_gguf
 from mlfs_jax.hf.table import LEAVES, Family
 from mlfs_jax.model import Model, abstract, build, init_weights
 from mlfs_jax.registry import resolve_model
@@ -88,7 +90,7 @@ def from_pretrained(
     dtype=jnp.float32,
     sharding: Placement | None = None,
 ) -> Model:
-    """A pretrained model: a name of the catalogue, a hub id, or a local Hugging Face directory.
+    """A pretrained model: a name of the catalogue, a hub id, a local Hugging Face directory, or a GGUF file.
 
     Args:
         head: "none", "sequence", "token" or "mlm", for a decoder "none" or "lm"; None keeps the checkpoint's own.
@@ -131,6 +133,14 @@ def load_checkpoint(
 ) -> tuple[Model, LoadReport]:
     """:func:`from_pretrained` for a local directory, with the report."""
     directory = Path(directory)
+    if (gguf := gguf_in(directory)) is not None:
+        if labels is not None or problem is not None:
+            raise ConfigError(f"labels = {labels}, problem = {problem!r}: {gguf} is a language model and has neither.")
+        file = open_gguf(gguf)
+        place = lambda value, name, axes: _place(value, name, axes, sharding)  # noqa: E731
+        source = prepare_folder(file)
+        model = read_gguf(file, head=head or "lm", dtype=dtype, place=place, source=source)
+        return model, LoadReport(source, (gguf.name,), (), ())
     hf = read_config(directory)
     family = family_of(hf)
     with ExitStack() as stack:
