@@ -19,7 +19,8 @@ def encode_lm(examples: Examples, model_dir: str | Path, max_length: int, *, who
     little text.
     """
     check_length(model_config(model_dir), max_length)
-    tokenizer, special = load_tokenizer(model_dir), specials(model_dir)
+    tokenizer = load_tokenizer(model_dir)
+    special = specials(model_dir, tokenizer)
     prefix = [t for t in special.prefix if t != special.eos]  # OPT begins texts with the token that ends them
     parts = [np.array([*prefix, *ids, special.eos], np.int32) for ids in _tokenize(tokenizer, examples.texts)]
     stream = np.concatenate([np.zeros(0, np.int32), *parts])
@@ -55,7 +56,8 @@ def encode_seq2seq(examples: Examples, model_dir: str | Path, max_length: int, m
         DataError: a prompt that is no token.
     """
     check_length(model_config(model_dir), max_length)
-    tokenizer, special = load_tokenizer(model_dir), specials(model_dir)
+    tokenizer = load_tokenizer(model_dir)
+    special = specials(model_dir, tokenizer)
     max_completion = min(max_completion, max_length // 2)
     room = max_length - max_completion - len(special.prefix)
     prompts = list(_prompts(tokenizer, examples, room))

@@ -69,12 +69,14 @@ class Specials(NamedTuple):
     pad: int  # fills up batches; the eos where the model has none
 
 
-def specials(model_dir: str | Path) -> Specials:
-    """Read from config.json, or tokenizer_config.json where that is silent, and from what the tokenizer adds.
+def specials(model_dir: str | Path, tokenizer=None) -> Specials:
+    """Of the model in a folder, whose `load_tokenizer` may be given if it is there already.
+
+    Read from config.json, or tokenizer_config.json where that is silent, and from what the tokenizer adds.
 
     Raises `ConfigError` for a model without an end-of-text token: it is no language model.
     """
-    config, tokenizer = model_config(model_dir), load_tokenizer(model_dir)
+    config, tokenizer = model_config(model_dir), tokenizer or load_tokenizer(model_dir)
     eos = config.get("eos_token_id")
     if isinstance(eos, list):  # several tokens may end a turn; the first ends a text
         eos = eos[0] if eos else None
