@@ -236,16 +236,25 @@ def palette(
         print("wrote " + " and ".join(map(str, files)))
 
 
-def export(run: RunFolder, /, *, to: Folder, subnet: str | None = None, peft: Flag = False) -> None:
+def export(
+    run: RunFolder,
+    /,
+    *,
+    to: Folder,
+    subnet: str | None = None,
+    peft: Flag = False,
+    gguf_type: Literal["f16", "bf16", "q8_0", "f32"] = "f16",
+) -> None:
     """Write a subnet of a finished run as a Hugging Face checkpoint: config, safetensors, tokenizer, model card.
 
     Args:
         run: folder of the run.
-        to: folder to write; an earlier export there is replaced.
+        to: folder to write, or a file that ends in .gguf, for llama.cpp; an earlier export there is replaced.
         subnet: its name (mlfs info RUN lists them), or sizes such as heads=6,mlp=768,depth=3.
         peft: write the adapter of the maxnet in the format of peft instead, for the unchanged pretrained model.
+        gguf_type: of the matrices in a .gguf file.
     """
-    from mlfs_jax.export import export_adapter, export_subnet
+    from mlfs_jax.export import export_adapter, export_subnet, export_subnet_gguf
     from mlfs_jax.palette import Palette
     from mlfs_jax.train import load_run
 
@@ -257,6 +266,12 @@ def export(run: RunFolder, /, *, to: Folder, subnet: str | None = None, peft: Fl
     if peft:
         written = export_adapter(fitted, to)
         print(f"{to}: adapter of rank {written.rank}, {written.params:,} parameters")
+        return
+    if to.suffix == ".gguf":
+        written = export_subnet_gguf(fitted, subnet, to, gguf_type)
+        print(f"{to}: {subnet}, {written.parameters:,} parameters, {written.nbytes / 1e6:.1f} MB")
+        for sentence in written.why:
+            print(f"  {sentence}")
         return
     report = export_subnet(fitted, subnet, to, run=run.absolute().name, palette=Palette.load(run))
     print(f"{to}: {subnet}, {report.params_after:,} parameters; {', '.join(report.files)}")

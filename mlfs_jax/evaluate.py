@@ -8,9 +8,10 @@ import jax
 import numpy as np
 from flax import nnx
 
-from mlfs_jax.data.batches import eval_batches
-from mlfs_jax.data.encode import Encoded
-from mlfs_jax.metrics import get_metric, perplexity
+from mlfs_jax.data.batches import eval_batches, prompt_batches
+from mlfs_jax.data.encode import Encoded, load_tokenizer
+from mlfs_jax.generate import GenerateConfig, generate
+from mlfs_jax.metrics import get_metric, perplexity, rouge
 from mlfs_jax.model import Model, forward
 from mlfs_jax.vocab import Hidden, lm_loss
 
@@ -46,7 +47,7 @@ def evaluate(model: Model, encoded: Encoded, metric: str, *, batch_size: int = 6
 def _evaluate_language(model: Model, encoded: Encoded, batch_size: int) -> dict[str, float]:
     total = tokens = 0.0
     for batch in eval_batches(encoded, batch_size):
-        batch["loss_mask"] = batch["loss_mask"] * batch.pop("weight")[:, None]  # rows that only fill up do not count
+        batch.pop("weight")  # rows that only fill up have no token that counts
         count = float(batch["loss_mask"][:, 1:].sum())
         total += count * float(_lm_loss(model.graphdef, model.base, batch))
         tokens += count
@@ -57,3 +58,19 @@ def _evaluate_language(model: Model, encoded: Encoded, batch_size: int) -> dict[
 def _lm_loss(graphdef: nnx.GraphDef, base: nnx.State, batch: dict) -> jax.Array:
     hidden = forward(graphdef, base, batch, logits=False).hidden
     return lm_loss(Hidden(graphdef, base, hidden), batch)
+
+
+def evaluate_completions(model: Model, encoded: Encoded, *, beams: int = 1, batch_size: int = 16) -> dict[str, float]:
+    """Mean Rouge-1, -2 and -L F-measures of the completions that the model writes, against the references.
+
+    Args:
+        encoded: a split of a task with prompts; every one of them is completed.
+        beams: of a beam search; 1: greedy.
+    """
+    tokenizer, texts, references = load_tokenizer(model.source), [], []
+    config = GenerateConfig(max_new_tokens=encoded.max_completion, beams=beams)
+    for batch, wanted in prompt_batches(encoded, batch_size):
+        found = generate(model, batch, config).tokens[: len(wanted)]
+        texts += [tokenizer.decode(tokens).strip() for tokens in found]
+        references += wanted
+    return rouge(texts, references)

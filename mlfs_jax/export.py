@@ -18,6 +18,7 @@ import numpy as np
 
 from mlfs_jax.errors import RunError
 from mlfs_jax.hf.export import ExportReport, export_hf
+from mlfs_jax.hf.gguf_write import GGUFReport, export_gguf
 from mlfs_jax.hf.peft import PeftReport, export_peft
 from mlfs_jax.importance import reorder, reorder_lora
 from mlfs_jax.palette import Palette, short
@@ -113,6 +114,20 @@ def export_subnet(
     return report
 
 
+def export_subnet_gguf(fitted: Fitted, subnet: str, file: str | Path, dtype: str = "f16") -> GGUFReport:
+    """Write a subnet of a run as a GGUF file, for llama.cpp and what is built on it.
+
+    Args:
+        subnet: as in :func:`export_subnet`.
+        dtype: "f16", "bf16", "q8_0" or "f32", of the matrices.
+
+    Raises:
+        ConfigError: of another family than Llama or Qwen2.
+    """
+    small = slice_subnet(fitted.merged, fitted.space.named(subnet))
+    return export_gguf(small, file, dtype, name=f"{short(fitted.config.model)} {subnet}")
+
+
 def export_adapter(fitted: Fitted, directory: str | Path) -> PeftReport:
     """Write the sum of a run's stages as a PEFT adapter of the pretrained model, in that model's own order of units."""
     model, lora = fitted.model, fitted.lora
@@ -177,6 +192,10 @@ def _card(fitted: Fitted, name: str, subnet: Subnet, palette: Palette | None) ->
             f"| parameters without embeddings | {row.params_body:,} | {top.params_body:,} |",
             f"| GFLOPs, one sequence | {row.flops / 1e9:.4g} | {top.flops / 1e9:.4g} |",
             *_latencies(row.latency_ms, top.latency_ms),
+            *(
+                f"| tokens/s at batch {size} | {row.tokens_per_s[size]:.3g} | {top.tokens_per_s[size]:.3g} |"
+                for size in row.tokens_per_s
+            ),
         ]
         if palette.baseline:
             lines += ["", f"Always answering the commonest class scores {palette.baseline:.4f}."]

@@ -19,8 +19,18 @@ from mlfs_jax.run import Run
 from mlfs_jax.subnet import num_params
 from mlfs_jax.train import load_run
 
-PARTS = {"layers.q": "attention", "layers.k": "attention", "layers.v": "attention", "layers.o": "attention"}
-PARTS |= {"layers.up": "mlp", "layers.down": "mlp", "layers.attn_norm": "norms", "layers.mlp_norm": "norms"}
+MLP = ("layers.gate", "layers.up", "layers.down")
+
+
+def _part(site: str) -> str:
+    """Where a weight belongs, for people."""
+    if site.startswith("embed"):
+        return "embeddings"
+    if "norm" in site.rpartition(".")[2]:
+        return "norms"
+    if site.startswith("layers."):
+        return "mlp" if site in MLP else "attention"
+    return "head"
 
 
 def describe(thing: str) -> dict:
@@ -54,8 +64,7 @@ def _describe_model(name: str, folder: Path) -> dict:
 def _model(model: Model) -> dict:
     parts: dict[str, int] = {}
     for name, leaf in flatten(model.base).items():
-        site = name.rpartition(".")[0]
-        part = "embeddings" if site.startswith("embed") else PARTS.get(site, "head")
+        part = _part(name.rpartition(".")[0])
         parts[part] = parts.get(part, 0) + leaf[...].size
     config = {k: v for k, v in dataclasses.asdict(model.config).items() if v is not None}
     return {"config": config, "parameters": {**parts, "total": model.num_params}}

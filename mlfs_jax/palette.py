@@ -9,33 +9,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import platform
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import jax
 import numpy as np
 from rich.table import Table
 
-from mlfs_jax.config import EncoderConfig
 from mlfs_jax.data.encode import Encoded
 from mlfs_jax.errors import ConfigError, RunError, unknown
-from mlfs_jax.evaluate import evaluate
+from mlfs_jax.evaluate import evaluate, evaluate_completions
 from mlfs_jax.hf.reshape import nearest_shape
-from mlfs_jax.model import Model, forward
 from mlfs_jax.run import write_json
 from mlfs_jax.slicing import slice_subnet
 from mlfs_jax.subnet import Subnet, num_params
+from mlfs_jax.timing import compile_decode, compile_forward, device_name, time_in_turn
 from mlfs_jax.train import Fitted
 
 FILE = "palette.json"
 """Where ``mlfs palette`` keeps the numbers in a run folder; a model card takes them from there."""
-
-LEAST_ROUNDS, MOST_ROUNDS = 5, 50
 
 
 @dataclass(frozen=True)
@@ -50,7 +43,9 @@ class PaletteRow:
         latency_ms: batch size -> milliseconds of one forward pass; the median over rounds.
         latency_ratio: batch size -> its time as a share of the maxnet's in the same round; the median over rounds.
         score: the task's metric.
-        loss: mean cross-entropy or squared error.
+        loss: mean cross-entropy (of a language model: in nats for each token that counts) or squared error.
+        tokens_per_s: batch size -> tokens that it decodes in a second, all texts together; empty for an encoder.
+        perplexity: of a language model.
     """
 
     name: str
@@ -63,6 +58,8 @@ class PaletteRow:
     latency_ratio: Mapping[int, float]
     score: float
     loss: float
+    tokens_per_s: Mapping[int, float] = field(default_factory=dict)
+    perplexity: float | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +93,8 @@ class Palette:
     @classmethod
     def from_json(cls, saved: Mapping) -> Palette:
         def row(saved: Mapping) -> PaletteRow:
-            times = {k: {int(b): t for b, t in saved[k].items()} for k in ("latency_ms", "latency_ratio")}
+            by_batch = ("latency_ms", "latency_ratio", "tokens_per_s")
+            times = {k: {int(b): t for b, t in saved.get(k, {}).items()} for k in by_batch}
             return PaletteRow(**(dict(saved) | times | {"subnet": Subnet.from_json(saved["subnet"])}))
 
         return cls(**(dict(saved) | {"rows": tuple(row(r) for r in saved["rows"])}))
@@ -131,18 +129,29 @@ class Palette:
             + ". body: parameters without the embedding tables; as HF: of its checkpoint, padding included. GFLOP and "
             f"milliseconds of one forward pass of the sliced model at {self.length} tokens, on {self.device}; in "
             "brackets: share of the maxnet's time."
+            + (" tok/s: decoded in a second, all texts together." if self.rows[0].tokens_per_s else "")
         )
         table = Table(caption=caption, caption_justify="left", box=None, padding=(0, 1, 0, 0), header_style="bold")
         table.add_column("subnet", no_wrap=True)
         table.add_column("layers×heads\n·mlp·embed", no_wrap=True)
         times = (f"batch {size}\n[ms]" for size in self.rows[0].latency_ms)
-        for column in ("params\n[M]", "body\n[M]", "as HF\n[M]", "GFLOP", *times, "score", "loss"):
+        decoding = tuple(f"batch {size}\n[tok/s]" for size in self.rows[0].tokens_per_s)
+        quality = ("score", "loss") if self.rows[0].perplexity is None else (self.metric, "loss")
+        if self.metric != "perplexity" and self.rows[0].perplexity is not None:
+            quality += ("perpl.",)
+        for column in ("params\n[M]", "body\n[M]", "as HF\n[M]", "GFLOP", *times, *decoding, *quality):
             table.add_column(column.replace("[", "\\["), justify="right", no_wrap=True)
         for row in self.rows:
             times = (f"{row.latency_ms[b]:.3g} ({row.latency_ratio[b]:.2f})" for b in row.latency_ms)
             millions = (f"{n / 1e6:.2f}" for n in (row.params, row.params_body, row.params_exported))
             sizes = (*millions, f"{row.flops / 1e9:.3f}")
-            table.add_row(row.name, shape(row.subnet), *sizes, *times, f"{row.score:.3f}", f"{row.loss:.3f}")
+            scores = [
+                f"{row.score:.3f}",
+                f"{row.loss:.3f}",
+                *([f"{row.perplexity:.2f}"] if "perpl." in quality else []),
+            ]
+            speeds = (f"{speed:.3g}" for speed in row.tokens_per_s.values())
+            table.add_row(row.name, shape(row.subnet), *sizes, *times, *speeds, *scores)
         return table
 
     def plot(self, file: str | Path) -> Path:
@@ -180,8 +189,12 @@ class Palette:
         if self.baseline > 0:
             place = {"xytext": (4, 3), "textcoords": "offset points"}
             axes[0].annotate("commonest class", (0, self.baseline), fontsize=8, **place)
-        axes[0].set_ylim(min(0.0, *scores), 1.1)  # the metric's whole range: small differences look small
-        axes[0].set_yticks([tick for tick in np.arange(-1, 1.01, 0.2).round(1) if tick >= min(0.0, *scores)])
+        if self.metric == "perplexity":  # lower is better, without a bound
+            axes[0].set_yscale("log")
+            axes[0].margins(y=0.2)
+        else:
+            axes[0].set_ylim(min(0.0, *scores), 1.1)  # the metric's whole range: small differences look small
+            axes[0].set_yticks([tick for tick in np.arange(-1, 1.01, 0.2).round(1) if tick >= min(0.0, *scores)])
         axes[0].set_ylabel(f"{self.metric} ({self.split}, {self.examples:,} examples)")
         figure.suptitle(f"{short(self.model)} on {short(self.task)}, {self.length} tokens, {self.device}", fontsize=10)
         figure.savefig(file, dpi=150)
@@ -214,6 +227,7 @@ def measure(
     batch_sizes: Sequence[int] = (1, 32),
     length: int | None = None,
     seconds: float = 5.0,
+    completions: int = 64,
     advance: Callable[[str], None] = lambda doing: None,
 ) -> Palette:
     """Measure subnets of a fitted run. The maxnet is always among them, first: ratios are to it.
@@ -224,6 +238,7 @@ def measure(
         data: the encoded task, if it is at hand already.
         length: tokens of a sequence, for FLOPs and latency; None: the length that the run cuts texts to.
         seconds: time to spend on the latency at each batch size, within 5 to 50 rounds.
+        completions: of a task with prompts, how many of them each subnet completes (greedily) for its score.
         advance: called as each part of the work begins, with what it is.
 
     Raises:
@@ -255,19 +270,24 @@ def measure(
         advance(f"compiling {name}")
         calls[name] = {}
         for size in batch_sizes:
-            call, count = _compile(model, size, length)
+            call, count = compile_forward(model, size, length)
             calls[name][size] = call
             if size == batch_sizes[0]:  # the count is linear in the batch
                 flops[name] = round(count / size)
-    times = {}
+    times, decoding = {}, {}
     for size in batch_sizes:
         advance(f"timing at batch {size}")
         times[size] = time_in_turn({name: calls[name][size] for name in calls}, seconds=seconds)
+        if fitted.task.is_language:
+            steps = {name: compile_decode(model, size, length) for name, model in models.items()}
+            decoding[size] = time_in_turn(steps, seconds=seconds)
 
     rows = []
     for name, model in models.items():
         advance(f"evaluating {name}")
         scores = evaluate(model, examples, metric)
+        if metric not in scores:
+            scores |= evaluate_completions(model, examples.subset(completions))
         config, subnet = fitted.model.config, chosen[name]
         ratios = {b: [t / m for t, m in zip(times[b][name], times[b]["maxnet"], strict=True)] for b in batch_sizes}
         rows.append(
@@ -282,6 +302,8 @@ def measure(
                 latency_ratio={b: statistics.median(ratios[b]) for b in batch_sizes},
                 score=scores[metric],
                 loss=scores["loss"],
+                tokens_per_s={b: b / statistics.median(decoding[b][name]) for b in decoding},
+                perplexity=scores.get("perplexity"),
             )
         )
     return Palette(
@@ -303,56 +325,5 @@ def _exported(config: EncoderConfig) -> int:
     return num_params(padded, embeddings=True)
 
 
-def _compile(model: Model, size: int, length: int) -> tuple[Callable[[], object], float]:
-    """A call that runs the model once on ``size`` full sequences, and the FLOPs of that.
-
-    The layers are unrolled: the compiler counts the body of a scan once, and unrolled is how a deployment would run.
-    """
-    ids = np.random.default_rng(0).integers(model.config.vocab_size, size=(size, length), dtype=np.int32)
-    batch = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-    if model.config.type_vocab:
-        batch["token_type_ids"] = np.zeros_like(ids)
-    batch = jax.device_put(batch)
-    lowered = forward.lower(model.graphdef, model.base, batch, unroll=True)
-    compiled = lowered.compile()
-    cost = compiled.cost_analysis() or lowered.cost_analysis()  # not every backend counts what it compiled
-    flops = cost["flops"]
-    return lambda: jax.block_until_ready(compiled(model.base, batch).logits), flops
-
-
-def time_in_turn(calls: Mapping[str, Callable[[], object]], *, seconds: float) -> dict[str, list[float]]:
-    """Seconds that each call takes, round after round; every round runs all of them, in a new order.
-
-    So a drift of the machine (heat, other work) hits all of them alike. 5 to 50 rounds, as ``seconds`` allows.
-    """
-    for call in calls.values():  # not counted: the first run allocates
-        call()
-    rng = np.random.default_rng(0)
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    start = time.perf_counter()
-    for done in range(MOST_ROUNDS):
-        if done >= LEAST_ROUNDS and time.perf_counter() - start > seconds:
-            break
-        for name in rng.permutation(list(calls)):
-            before = time.perf_counter()
-            calls[name]()
-            times[name].append(time.perf_counter() - before)
-    return times
-
-
 def _commonest(examples: Encoded) -> float:
     return float(np.unique(examples.labels, return_counts=True)[1].max() / len(examples))
-
-
-def device_name() -> str:
-    """``"NVIDIA H200"``, ``"TPU v5 lite"``, or the CPU's name and how many cores this process may use."""
-    device = jax.devices()[0]
-    if device.platform != "cpu":
-        return device.device_kind
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.machine()
-    return f"{name}, {cores} cores"

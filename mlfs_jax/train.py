@@ -71,7 +71,8 @@ class FitConfig:
         reorder: order heads, neurons and channels by importance after stage 0; else a subnet is the first k.
         importance_examples: training examples that the importance scores are measured on.
         execution: "sliced" runs each subnet at its true widths, "masked" at the supernet's with one compile for all.
-        unroll: unroll the scan over layers (slower to compile, faster on a CPU); the default does on a CPU.
+        unroll: unroll the scan over layers: slower to compile, faster on a CPU where layers are small. The default does
+            on a CPU up to 12 layers.
         max_length: tokens; longer texts are cut. The default is the task's.
         buckets: lengths that batches are padded to (each is one more compile of a step).
         limit: at most this many examples of each split.
@@ -274,7 +275,9 @@ def _train_stage(
     first = sum(s.steps for s in config.stages[:number])  # steps count on through the stages
     model = fitted.merged if fitted.stages else fitted.model  # earlier pairs are frozen: part of the base
     root = jax.random.fold_in(jax.random.key(config.seed), number)
-    unroll = jax.default_backend() == "cpu" if config.unroll is None else config.unroll
+    unroll = config.unroll
+    if unroll is None:
+        unroll = jax.default_backend() == "cpu" and model.config.layers <= 12
     supernet = Supernet(model.config, config.distill, stage.optimizer(), config.execution, unroll)
 
     full = () if fitted.task.is_language else ("head",)  # a language model's head is pretrained, and frozen

@@ -16,9 +16,9 @@ import jax
 import numpy as np
 from rich.table import Table
 
-from mlfs_jax.config import EncoderConfig
+from mlfs_jax.config import Config
 from mlfs_jax.data.batches import pad
-from mlfs_jax.data.encode import encode
+from mlfs_jax.data.encode import encode_for
 from mlfs_jax.errors import SubnetError
 from mlfs_jax.export import Origin, fingerprint, public_config
 from mlfs_jax.hf.load import load_checkpoint, read_config
@@ -97,7 +97,7 @@ def verify(directory: str | Path, fitted: Fitted, *, examples: int = 16, seed: i
         "exported": lambda batch: _logits(exported, batch),
     }
     if importlib.util.find_spec("torch") is not None:
-        lives["transformers"] = _transformers(directory)
+        lives["transformers"] = _transformers(directory, fitted.task.is_language)
 
     real, same_tokens = _real_batch(directory, fitted, examples)
     width = real["input_ids"].shape[1]
@@ -138,14 +138,14 @@ def _real_batch(directory: Path, fitted: Fitted, examples: int) -> tuple[dict[st
     texts = fitted.task.read()["validation"]
     texts = texts.take(range(min(examples, len(texts))))
     length = fitted.config.max_length or fitted.task.max_length
-    base, own = (encode(texts, folder, length) for folder in (fitted.model.source, directory))
+    base, own = (encode_for(fitted.task, texts, folder, length) for folder in (fitted.model.source, directory))
     same = np.array_equal(base.ids, own.ids) and np.array_equal(base.offsets, own.offsets)
     note = "" if same else "the exported tokenizer gives other ids"
     batch = pad(base, range(len(base)), int(base.lengths.max()))
     return batch, Check("tokenizer is the base's", "real", None, same, note)
 
 
-def random_batch(config: EncoderConfig, rows: int, width: int, seed: int) -> dict[str, np.ndarray]:
+def random_batch(config: Config, rows: int, width: int, seed: int) -> dict[str, np.ndarray]:
     """Random token ids [rows, width], every other row padded from a random place on."""
     rng = np.random.default_rng(seed)
     ids = rng.integers(config.vocab_size - 1, size=(rows, width))
@@ -153,29 +153,35 @@ def random_batch(config: EncoderConfig, rows: int, width: int, seed: int) -> dic
     lengths = np.where(np.arange(rows) % 2, rng.integers(1, width + 1, rows), width)
     real = np.arange(width) < lengths[:, None]
     batch = {"input_ids": np.where(real, ids, config.pad_token_id), "attention_mask": real}
-    if config.type_vocab > 1:
+    if getattr(config, "type_vocab", 0) > 1:
         batch["token_type_ids"] = np.where(real, rng.integers(config.type_vocab, size=ids.shape), 0)
     return {name: value.astype(np.int32) for name, value in batch.items()}
 
 
 def _logits(model: Model, batch: Mapping, **kw) -> np.ndarray:
     with jax.default_matmul_precision("highest"):  # a GPU's or TPU's own default is coarser than the tolerance
-        return np.asarray(forward(model.graphdef, model.base, batch, **kw).logits)
+        return _real(np.asarray(forward(model.graphdef, model.base, batch, **kw).logits), batch)
 
 
-def _transformers(directory: Path):
+def _real(logits: np.ndarray, batch: Mapping) -> np.ndarray:
+    """Logits [B, C] as they are; of [B, T, V], those of real tokens: what stands at padding is nobody's business."""
+    return logits if logits.ndim == 2 else logits[np.asarray(batch["attention_mask"], bool)]
+
+
+def _transformers(directory: Path, language: bool):
     """The folder as anybody else would open it."""
     import torch
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(directory).eval()
+    kind = transformers.AutoModelForCausalLM if language else transformers.AutoModelForSequenceClassification
+    model = kind.from_pretrained(directory, dtype=torch.float32).eval()
 
     def run(batch: Mapping) -> np.ndarray:
-        inputs = {name: torch.tensor(value, dtype=torch.long) for name, value in batch.items() if name != "labels"}
+        inputs = {n: torch.tensor(x, dtype=torch.long) for n, x in batch.items() if n not in ("labels", "loss_mask")}
         with torch.no_grad():
-            return model(**inputs).logits.float().numpy()
+            return _real(model(**inputs).logits.numpy(), batch)
 
     return run
 

@@ -59,10 +59,15 @@ def load_task(
         if task.problem == "lm":
             blocks = encode_lm(examples, model_dir, length, whole_blocks=split == "train")
             splits[split] = blocks if limit is None else blocks.subset(limit)
-            continue
-        examples = examples if limit is None else examples.subset(limit)
-        if task.problem == "seq2seq":
-            splits[split] = encode_seq2seq(examples, model_dir, length, task.max_completion)
         else:
-            splits[split] = encode(examples, model_dir, length)
+            splits[split] = encode_for(task, examples if limit is None else examples.subset(limit), model_dir, length)
     return splits
+
+
+def encode_for(task: Task, examples: Examples, model_dir: str | Path, max_length: int) -> Encoded:
+    """Examples of a task, encoded as its problem asks for."""
+    if task.problem == "lm":
+        return encode_lm(examples, model_dir, max_length)
+    if task.problem == "seq2seq":
+        return encode_seq2seq(examples, model_dir, max_length, task.max_completion)
+    return encode(examples, model_dir, max_length)

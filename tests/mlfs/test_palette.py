@@ -7,9 +7,10 @@ import pytest
 
 from mlfs_jax.errors import ConfigError, RunError, SubnetError, UnknownNameError
 from mlfs_jax.evaluate import evaluate
-from mlfs_jax.palette import FILE, MOST_ROUNDS, Palette, _compile, all_subnets, measure, shape, time_in_turn
+from mlfs_jax.palette import FILE, Palette, all_subnets, measure, shape
 from mlfs_jax.slicing import slice_subnet
 from mlfs_jax.subnet import Subnet, num_flops, num_params
+from mlfs_jax.timing import MOST_ROUNDS, compile_forward, time_in_turn
 from mlfs_jax.train import load_run
 from tests.mlfs.tiny import tiny_model
 
@@ -44,7 +45,7 @@ def test_flops_are_those_of_the_matrix_products():
     for subnet in (None, Subnet(96, (2, 2), (192, 192), (0, 2))):
         small = model if subnet is None else slice_subnet(model, subnet)
         expected = num_flops(model.config, subnet, length=64)
-        assert _compile(small, 2, 64)[1] / 2 == pytest.approx(expected, rel=0.06)
+        assert compile_forward(small, 2, 64)[1] / 2 == pytest.approx(expected, rel=0.06)
 
 
 def test_maxnet_is_always_measured_and_others_by_name_or_sizes(fitted):
