@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGE = ROOT / "mlfs_jax"
 
 # Low to high. A module imports from its own floor and those below, also inside functions.
 # A new module gets its place here.
@@ -23,19 +22,37 @@ FLOORS = [
     {"timing", "palette", "export", "verify", "info"},
     {"cli"},
 ]
-FLOOR = {name: height for height, names in enumerate(FLOORS) for name in names}
+SPA_FLOORS = [
+    {"errors", "seam"},
+    {"side", "gate"},
+    {"start", "model"},
+    {"decode", "plugin", "tapcache"},
+    {"train", "baselines", "evaluate"},
+    {"show"},
+    {"cli"},
+]
+# What a device runs: of spa_jax only these, and of mlfs_jax what has no weights of the base.
+DEVICE, FOR_DEVICE = {"errors", "seam", "side"}, {"errors", "config", "backbone"}
+
+PACKAGES = {"mlfs_jax": FLOORS, "spa_jax": SPA_FLOORS}
+FLOOR = {p: {name: h for h, names in enumerate(floors) for name in names} for p, floors in PACKAGES.items()}
 
 # Slow to import or not installed with the package: only inside the functions that need them.
 HEAVY = {"torch", "peft", "transformers", "tensorflow", "tensorflow_datasets", "matplotlib", "sklearn"}
 
 
 def modules() -> list[Path]:
-    return sorted(PACKAGE.rglob("*.py"))
+    return sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 
 def dotted(path: Path) -> str:
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def package(name: str) -> str:
+    """ "mlfs_jax.hf.load" -> "mlfs_jax"."""
+    return name.partition(".")[0]
 
 
 def top(name: str) -> str:
@@ -51,11 +68,11 @@ def imported(node: ast.AST, path: Path) -> list[str]:
         return []
     base = node.module or ""
     if node.level:
-        package = dotted(path).split(".")
+        parts = dotted(path).split(".")
         if path.name != "__init__.py":
-            package.pop()
-        package = package[: len(package) - (node.level - 1)]
-        base = ".".join([*package, base] if base else package)
+            parts.pop()
+        parts = parts[: len(parts) - (node.level - 1)]
+        base = ".".join([*parts, base] if base else parts)
     return [f"{base}.{alias.name}" for alias in node.names]
 
 
@@ -74,29 +91,44 @@ def imports(path: Path, *, lazy: bool) -> list[tuple[int, str]]:
 
 
 def test_every_module_has_a_floor():
-    unplaced = {top(dotted(path)) for path in modules()} - {""} - set(FLOOR)
-    assert not unplaced, f"name these in FLOORS of {Path(__file__).name}: {sorted(unplaced)}"
+    names = {(package(dotted(path)), top(dotted(path))) for path in modules()}
+    unplaced = {f"{p}.{name}" for p, name in names if name and name not in FLOOR[p]}
+    assert not unplaced, f"name these in the floors of {Path(__file__).name}: {sorted(unplaced)}"
 
 
 def test_imports_go_downward():
     wrong = []
     for path in modules():
-        here = top(dotted(path))
+        mine, here = package(dotted(path)), top(dotted(path))
         if not here:
             continue  # the front door, __init__, gathers names from every floor
         for line, name in imports(path, lazy=True):
-            if name.split(".")[0] not in ("mlfs_jax", "spa_jax"):
+            theirs = package(name)
+            if theirs not in PACKAGES:
                 continue
             where = f"{path.relative_to(ROOT)}:{line}"
-            if name.startswith("spa_jax"):
+            if (mine, theirs) == ("mlfs_jax", "spa_jax"):
                 wrong.append(f"{where} imports {name}: spa_jax stands on mlfs_jax, never the reverse")
-            elif top(name) not in FLOOR:
+            elif top(name) not in FLOOR[theirs]:
                 # `import mlfs_jax as mlfs`, or a name of the front door: that is every floor at once
-                if top(name) != "__version__" and here not in FLOORS[-1]:
+                if top(name) != "__version__" and here not in PACKAGES[mine][-1]:
                     wrong.append(f"{where} imports {name} from the package itself; import it from its module")
-            elif FLOOR[top(name)] > FLOOR[here]:
-                wrong.append(f"{where} imports {name}, which is {FLOOR[top(name)] - FLOOR[here]} floor(s) up")
+            elif mine == theirs and FLOOR[mine][top(name)] > FLOOR[mine][here]:
+                wrong.append(
+                    f"{where} imports {name}, which is {FLOOR[mine][top(name)] - FLOOR[mine][here]} floor(s) up"
+                )
     assert not wrong, "imports that go upward:\n" + "\n".join(wrong)
+
+
+def test_a_device_knows_nothing_of_the_cloud():
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in modules()
+        if package(dotted(path)) == "spa_jax" and top(dotted(path)) in DEVICE
+        for line, name in imports(path, lazy=True)
+        if package(name) in PACKAGES and top(name) not in (DEVICE if package(name) == "spa_jax" else FOR_DEVICE)
+    ]
+    assert not wrong, "the device's code needs the cloud's:\n" + "\n".join(wrong)
 
 
 def test_no_cycles():
@@ -122,14 +154,14 @@ def test_heavy_imports_are_lazy():
     assert not wrong, "import these inside the function that needs them:\n" + "\n".join(wrong)
 
 
-@pytest.mark.parametrize("module", ["mlfs_jax", "mlfs_jax.cli"])
+@pytest.mark.parametrize("module", ["mlfs_jax", "mlfs_jax.cli", "spa_jax", "spa_jax.cli"])
 def test_import_is_light(module, tmp_path):
     """No heavy package is even touched, also through another package that would take it if it were there.
 
     Stand-ins that report their own import come first on the path, so the answer does not depend on what
     is installed here.
     """
-    if not (PACKAGE / (module.partition(".")[2] or "__init__")).with_suffix(".py").exists():
+    if not (ROOT / package(module) / (module.partition(".")[2] or "__init__")).with_suffix(".py").exists():
         pytest.skip(f"{module} is not written yet")
     for name in HEAVY:
         (tmp_path / f"{name}.py").write_text("print('touched ' + __name__)\nraise ImportError(__name__)\n")

@@ -1,0 +1,179 @@
+"""The side network: its shape, its start, what it reads, and that it knows nothing of the base."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import spa_jax as spa
+from mlfs_jax.errors import ConfigError, UnknownNameError
+from mlfs_jax.importance import Importance
+from spa_jax.side import abstract_net, block_config
+from spa_jax.start import best_units
+from tests.mlfs.tiny import tiny_decoder, tiny_tokens
+from tests.spa.tiny_side import KINDS, LADDER, PLUGIN, tiny_side
+
+SMOLLM2 = {"vocab_size": 49152, "embed": 576, "layers": 30, "heads": 9, "kv_heads": 3, "head_dim": 64, "mlp": 1536}
+
+
+def random_importance(config, seed=0) -> Importance:
+    rng = np.random.default_rng(seed)
+    L = config.layers
+    shapes = ((config.embed,), (L, config.heads), (L, config.mlp), (L,))
+    return Importance(*(rng.random(shape) for shape in shapes))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "opt-350m", "glm", "mla"])
+def test_a_ladder_stands_beside_every_family(family):
+    model = tiny_decoder(family)
+    heads = 2 if model.config.kv_group == 2 else 1
+    side = tiny_side(model, dataclasses.replace(LADDER, heads=heads))
+    batch = tiny_tokens(model.config)
+    out = spa.forward(model.graphdef, model.base, side, batch, setting="s1")
+    assert out.logits.shape == (3, 8, model.config.vocab_size)
+    assert np.isfinite(out.logits[np.asarray(batch["attention_mask"], bool)]).all()
+    axes = spa.side_axes(side.config, side.backbone)
+    assert {name: len(a) for name, a in axes.items()} == {name: x.ndim for name, x in side.net.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_causal_and_blind_to_padding(kind):
+    """What comes later, and padding on either side, changes nothing before it."""
+    model = tiny_decoder()
+    side, tokens = tiny_side(model, KINDS[kind]), np.random.default_rng(0).integers(3, 53, (2, 7))
+
+    def run(ids, mask):
+        batch = {"input_ids": ids, "attention_mask": mask}
+        return spa.forward(model.graphdef, model.base, side, batch, setting="s1").logits
+
+    whole = run(tokens, np.ones_like(tokens))
+    padding = np.zeros((2, 3), int)
+    ids, mask = np.concatenate([padding, tokens[:, :5]], 1), np.concatenate([padding, np.ones((2, 5), int)], 1)
+    np.testing.assert_allclose(run(ids, mask)[:, 3:], whole[:, :5], atol=2e-5)
+    ids, mask = np.concatenate([tokens[:, :5], padding], 1), np.concatenate([np.ones((2, 5), int), padding], 1)
+    np.testing.assert_allclose(run(ids, mask)[:, :5], whole[:, :5], atol=2e-5)
+
+
+def test_the_first_logits_are_the_base_models_where_g_is_added():
+    model = tiny_decoder()
+    for kind in (LADDER, PLUGIN):
+        side = spa.init_side(jax.random.key(0), model.config, kind)
+        out = spa.forward(model.graphdef, model.base, side, tiny_tokens(model.config), setting="s1")
+        np.testing.assert_array_equal(out.logits, out.base_logits)
+    alone = spa.init_side(jax.random.key(0), model.config, LADDER, setting="s3")
+    out = spa.forward(model.graphdef, model.base, alone, tiny_tokens(model.config), setting="s3")
+    assert float(jnp.abs(out.logits).max()) > 0.01 and not alone.gate
+
+
+def test_settings():
+    model, f_only = tiny_decoder(), {}
+    side, batch = tiny_side(model), tiny_tokens(model.config)
+    for setting in spa.Setting:
+        out = spa.forward(model.graphdef, model.base, side, batch, setting=setting)
+        gated = setting in ("s2", "spa")
+        assert bool(out.sigma.all()) != gated or not gated
+        expected = np.where(out.sigma[..., None], out.side_logits, out.base_logits)
+        np.testing.assert_allclose(out.logits, expected, atol=1e-5)
+        f_only[setting] = out.base_logits
+        if setting.adds:  # the head is linear: logits of f + g are the sum of both
+            alone = spa.forward(model.graphdef, model.base, side, batch, setting="s3").logits
+            np.testing.assert_allclose(out.side_logits, out.base_logits + alone, atol=1e-4)
+    out = spa.forward(model.graphdef, model.base, side, batch, setting="spa", threshold=2.0)
+    np.testing.assert_array_equal(out.logits, out.base_logits)
+    always = spa.forward(model.graphdef, model.base, side, batch, setting="spa", threshold=0.0)
+    s1 = spa.forward(model.graphdef, model.base, side, batch, setting="s1")
+    np.testing.assert_array_equal(always.logits, s1.logits)
+    with pytest.raises(UnknownNameError, match="s1"):
+        spa.forward(model.graphdef, model.base, side, batch, setting="s11")
+
+
+def test_every_weight_of_the_side_learns_and_the_base_has_no_gradient():
+    model, batch = tiny_decoder(), tiny_tokens(tiny_decoder().config)
+    for kind in KINDS.values():
+        side = tiny_side(model, kind)
+
+        def loss(net, side=side):
+            out = spa.forward(model.graphdef, model.base, side.replace(net=net), batch, setting="s1")
+            return (jax.nn.log_softmax(out.logits)[..., 5] * batch["loss_mask"]).sum()
+
+        grads = jax.grad(loss)(side.net)
+        still = [name for name, g in grads.items() if not np.abs(g).max() > 0]
+        assert not still
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom", "mla"])
+def test_a_sliced_start_is_the_backbones_best_part(family):
+    model = tiny_decoder(family)
+    importance = random_importance(model.config)
+    heads = 2 if model.config.kv_group == 2 else 1
+    config = dataclasses.replace(LADDER, heads=heads).resolve(model.config)
+    side = spa.init_side(jax.random.key(0), model.config, config, model=model, importance=importance)
+    random = jax.eval_shape(lambda: spa.init_side(jax.random.key(0), model.config, config))
+    assert {name: x.shape for name, x in side.net.items()} == {name: x.shape for name, x in random.net.items()}
+    keep = best_units(config, model.config, importance)
+    layer, embed = keep["layers"][1], keep["embed"]
+    up = np.asarray(model.base["layers"]["up"]["kernel"][...])
+    np.testing.assert_array_equal(side.net["layers.up.kernel"][1], up[layer][np.ix_(embed, keep["mlp"][1])])
+    o = np.asarray(model.base["layers"]["o"]["kernel"][...])
+    np.testing.assert_array_equal(side.net["layers.o.kernel"][1], o[layer][keep["heads"][1]][:, :, embed])
+    assert {*embed} == {*np.argsort(-importance.embed)[: config.width]}
+    if "layers.k.kernel" in side.net:
+        group = model.config.heads // model.config.kv_heads
+        assert {h // group for h in keep["heads"][1]} == {*keep["kv_heads"][1]}
+
+
+def test_a_slice_of_one_head_of_a_group():
+    model = tiny_decoder(heads=6, kv_heads=2)
+    config = dataclasses.replace(LADDER, heads=1).resolve(model.config)
+    blocks = block_config(config, model.config)
+    assert (blocks.heads, blocks.kv_heads) == (1, 1)
+    importance = random_importance(model.config)
+    keep = best_units(config, model.config, importance)
+    for row, layer in enumerate(keep["layers"]):
+        groups = importance.heads[layer].reshape(2, 3)
+        best = groups.sum(-1).argmax()
+        assert keep["kv_heads"][row] == [best] and keep["heads"][row] == [3 * best + groups[best].argmax()]
+
+
+def test_sizes_for_smollm2():
+    """d 72 at every third layer: a plugin file of less than 5 MB in fp32."""
+    backbone = dataclasses.replace(tiny_decoder().config, **SMOLLM2)
+    for config in (spa.SideConfig(), spa.SideConfig(ladder="plugin")):
+        config = config.resolve(backbone)
+        shapes = jax.eval_shape(lambda c=config: spa.init_side(jax.random.key(0), backbone, c))
+        assert shapes.num_params * 4 < 5e6
+        assert shapes.tapped == tuple(range(2, 30, 3))
+    assert spa.SideConfig().resolve(backbone).width == 72 and spa.SideConfig().resolve(backbone).heads == 1
+
+
+def test_the_released_plugins_share_of_llama_7b():
+    """About 0.2 % new parameters (SPA, section 5), with a block for every layer."""
+    backbone = dataclasses.replace(tiny_decoder().config, embed=4096, layers=32, heads=32, kv_heads=32, head_dim=128)
+    config = spa.SideConfig(ladder="plugin", every=1).resolve(backbone)
+    size = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(abstract_net(config, backbone)[1]))
+    assert 0.0017 < size / 6.7e9 < 0.0022
+
+
+def test_what_does_not_fit_is_refused():
+    model = tiny_decoder()
+    for message, changes in {
+        r"width = 24: expected less than 24": {"width": 24},
+        r"every = 4: expected at most 3": {"every": 4},
+        r"heads = 3: expected at most 4, in whole groups of 2": {"heads": 3},
+        r"heads = 6": {"heads": 6},
+        r"width = 0": {"width": 0},
+        r"ladder = 'rope'": {"ladder": "rope"},
+        r"a plugin is stateless": {"ladder": "plugin", "memory": "lazy", "heads": None},
+        r"'lazy' or 'sparse'": {"memory": "stateless"},
+        r"a plugin has no attention": {"ladder": "plugin"},
+        r"order = 'both'": {"order": "both"},
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            spa.init_side(jax.random.key(0), model.config, dataclasses.replace(LADDER, **changes))
+    importance = random_importance(model.config)
+    with pytest.raises(ConfigError, match="a sliced start is for ladders"):
+        spa.init_side(jax.random.key(0), model.config, PLUGIN, model=model, importance=importance)
+    with pytest.raises(ConfigError, match="both the model and its importance"):
+        spa.init_side(jax.random.key(0), model.config, LADDER, model=model)
