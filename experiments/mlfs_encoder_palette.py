@@ -15,7 +15,6 @@ where it was. Choices are made on the validation split; the numbers are of the t
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import time
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 from rich.table import Table
+from store import load_results, save_result
 
 import mlfs_jax as mlfs
 from mlfs_jax.data.batches import Batches
@@ -88,21 +88,6 @@ def truncated_baseline(fitted: mlfs.Fitted, data: dict) -> dict:
     return {split: evaluate(tuned, data[split], fitted.task.metric) for split in ("validation", "test")}
 
 
-def load_results() -> dict:
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-
-
-def save_result(key: str, result: dict) -> None:
-    """Add one seed's result to the file; several processes may do so at once."""
-    RESULTS.parent.mkdir(exist_ok=True)
-    with open(RESULTS.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        results = load_results() | {key: result}
-        fresh = RESULTS.with_suffix(".tmp")
-        fresh.write_text(json.dumps(dict(sorted(results.items())), indent=1))
-        fresh.replace(RESULTS)
-
-
 def report(preset: str, console: Console) -> None:
     """Mean and spread over seeds, as a table and a picture."""
     import matplotlib
@@ -110,7 +95,7 @@ def report(preset: str, console: Console) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    results = {key: r for key, r in load_results().items() if r["preset"] == preset}
+    results = {key: r for key, r in load_results(RESULTS).items() if r["preset"] == preset}
     tasks = [task for task in TASKS if any(r["task"] == task for r in results.values())]
     if not tasks:
         console.print(f"nothing measured yet with preset {preset}.")
@@ -151,7 +136,7 @@ def main(options: Options) -> None:
         for task in options.tasks:
             key = f"{options.preset}/{task}/{seed}"
             config = config_for(task, seed, options.preset)
-            done = load_results().get(key)
+            done = load_results(RESULTS).get(key)
             if done and done["config"] == json.loads(json.dumps(dataclasses.asdict(config))):
                 continue
             console.print(f"[bold]{key}")
@@ -163,7 +148,7 @@ def main(options: Options) -> None:
             result = {"preset": options.preset, "task": task, "seed": seed, "device": jax.devices()[0].device_kind}
             result["config"] = json.loads(json.dumps(dataclasses.asdict(config)))
             result |= {"palette": palette(fitted, data), "baseline": truncated_baseline(fitted, data)}
-            save_result(key, result | {"seconds": round(time.time() - start)})
+            save_result(RESULTS, key, result | {"seconds": round(time.time() - start)})
     report(options.preset, console)
 
 

@@ -1,0 +1,230 @@
+"""How to cut a language model to two thirds: start, teacher, order and shape, by validation perplexity over steps.
+
+What MLFS (arXiv 2404.01353) reports of santacoder, asked of SmolLM2-135M on Wikipedia leads. Every arm trains one
+subnet of about 2/3 of the body's parameters on the same batches; the whole model is the frozen teacher:
+
+* start:  all weights of the body train, from the importance slice or from random ones (embeddings pretrained, frozen)
+* alpha:  LoRA on the importance slice, with alpha = 0 (no teacher), 0.5, 0.9
+* order:  LoRA, alpha 0.9, on the first heads and neurons instead of the most important
+* shape:  LoRA, alpha 0.9, on a subnet that is narrower (the slice above), shallower, or both
+
+    python experiments/mlfs_decoder.py                      # 3 seeds x 8 arms: a night on 2 cores
+    python experiments/mlfs_decoder.py --preset h200        # longer texts and runs, for a GPU
+    python experiments/mlfs_decoder.py --report             # table and plot of what is there already
+
+Every curve is written as it comes (experiments/results/mlfs_decoder.json). Seeds differ in the order of the data and
+in new weights; the slice is measured once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import tyro
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from store import load_results, save_result
+
+import mlfs_jax as mlfs
+from mlfs_jax.backbone.tree import map_named
+from mlfs_jax.data.batches import Batches
+from mlfs_jax.data.encode import load_task
+from mlfs_jax.evaluate import evaluate
+from mlfs_jax.importance import block_influence, importance_order, measure_importance, reorder
+from mlfs_jax.subnet import Subnet, num_params
+from mlfs_jax.vocab import Hidden, lm_distill_loss, lm_loss
+
+RESULTS = Path(__file__).parent / "results" / "mlfs_decoder.json"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One curve: which subnet, from which weights, trained how."""
+
+    name: str
+    alpha: float = 0.9
+    shape: str = "width"
+    ordered: bool = True
+    random: bool = False
+    full: bool = False
+
+
+ARMS = (
+    Arm("sliced start, all weights", full=True),
+    Arm("random start, all weights", full=True, random=True),
+    Arm("width, alpha 0.9"),
+    Arm("width, alpha 0.5", alpha=0.5),
+    Arm("width, alpha 0", alpha=0.0),
+    Arm("width, first-k", ordered=False),
+    Arm("depth", shape="depth"),
+    Arm("width and depth", shape="mixed"),
+)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How long; ``length`` in tokens, ``every`` in steps between evaluations of ``limit`` validation blocks."""
+
+    steps: int
+    batch_size: int
+    length: int
+    every: int
+    limit: int
+    rank: int = 8
+    learning_rate: float = 1e-3
+
+
+PRESETS = {
+    "cpu": Preset(steps=120, batch_size=8, length=64, every=20, limit=96),
+    "h200": Preset(steps=1500, batch_size=32, length=256, every=100, limit=800, rank=16),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to run."""
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    preset: str = "cpu"
+    arms: tuple[str, ...] = tuple(arm.name for arm in ARMS)
+    report: bool = False  # only print and plot what has been measured
+
+
+def ordered_model(model: mlfs.Model, train, preset: Preset) -> tuple[mlfs.Model, np.ndarray]:
+    """The model with its heads and neurons in importance order, and its layers ranked by block influence."""
+    batches = Batches(train, preset.batch_size, seed=99)
+    first = [batches[i] for i in range(max(1, 64 // preset.batch_size))]
+
+    def loss(base, batch):
+        hidden = mlfs.forward(model.graphdef, base, batch, logits=False, remat=True).hidden
+        return lm_loss(Hidden(model.graphdef, base, hidden), batch, frozen=False)
+
+    order = importance_order(measure_importance(model, first, loss), model.config)
+    return reorder(model, order), np.argsort(-block_influence(model, first))
+
+
+def subnet_of(shape: str, config: mlfs.DecoderConfig, ranked: np.ndarray) -> Subnet:
+    """About 2/3 of the body, in one of three shapes."""
+    space = mlfs.SubnetSpace.from_ratios(
+        config, width=(1.0, 0.66), depth=(1.0, 2 / 3), layer_order=tuple(map(int, ranked))
+    )
+    if shape == "width":
+        return space.uniform(embed=config.embed, heads=space.heads[-1], mlp=space.mlp[-1], depth=config.layers)
+    if shape == "depth":
+        return space.uniform(embed=config.embed, heads=config.heads, mlp=config.mlp, depth=space.depth[-1])
+    mlp, depth = config.mlp * 3 // 4, config.layers * 4 // 5
+    return space.uniform(embed=config.embed, heads=config.heads, mlp=mlp, depth=depth)
+
+
+def train(arm: Arm, seed: int, teacher: mlfs.Model, student: mlfs.Model, data: dict, preset: Preset) -> dict:
+    """Validation perplexity at every evaluation, the first before any training."""
+    key = jax.random.key(seed)
+    if arm.random:
+        fresh = mlfs.flatten(mlfs.init_model(student.config, key).base)
+        pick = lambda name, leaf: (leaf if name.startswith("embed.") else fresh[name])[...]  # noqa: E731
+        student = student.replace(base=map_named(pick, student.base))
+    sites, full = ((), ("layers", "norm")) if arm.full else (None, ())
+    lora = mlfs.init_lora(key, student, rank=preset.rank, sites=sites, full=full)
+    rate = preset.learning_rate * (0.3 if arm.full else 1.0)  # all weights move at once
+    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, max(1, preset.steps // 16), preset.steps)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+    distill = mlfs.DistillConfig(alpha=arm.alpha, tau=1.0, beta=0.0)
+
+    def loss(lora, batch, states):
+        out = mlfs.forward(student.graphdef, student.base, batch, lora=lora, logits=False)
+        ours = Hidden(student.graphdef, student.base, out.hidden)
+        return lm_distill_loss(ours, Hidden(teacher.graphdef, teacher.base, states), batch, distill)
+
+    @jax.jit
+    def step(lora, opt_state, batch):
+        states = mlfs.forward(teacher.graphdef, teacher.base, batch, logits=False).hidden
+        value, grads = jax.value_and_grad(loss)(lora, batch, states)
+        updates, opt_state = optimizer.update(grads, opt_state, lora)
+        return optax.apply_updates(lora, updates), opt_state, value
+
+    state, batches, curve = optimizer.init(lora), Batches(data["train"], preset.batch_size, seed=seed), {}
+    for number in track(range(preset.steps + 1), f"{arm.name}, seed {seed}", transient=True):
+        if number % preset.every == 0 or number == preset.steps:
+            merged = student.replace(base=mlfs.merge_lora(student.base, lora))
+            curve[number] = evaluate(merged, data["validation"], "perplexity")["perplexity"]
+        if number < preset.steps:
+            lora, state, _ = step(lora, state, batches[number])
+    return curve
+
+
+def report(preset: str, console: Console) -> None:
+    """Mean and spread over seeds, as a table and a picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    results = [r for r in load_results(RESULTS).values() if r["preset"] == preset]
+    if not results:
+        console.print(f"nothing measured yet with preset {preset}.")
+        return
+    table = Table(title=f"validation perplexity of subnets of SmolLM2-135M on Wikipedia leads ({preset})")
+    for column in ("arm", "share of the body", "at the start", "at the end", "seeds"):
+        table.add_column(column, justify="left" if column == "arm" else "right")
+    figure, panel = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for arm in ARMS:
+        runs = [r for r in results if r["arm"] == arm.name]
+        if not runs:
+            continue
+        steps = [int(step) for step in runs[0]["curve"]]
+        curves = np.array([list(r["curve"].values()) for r in runs])
+        spread = curves.std(0, ddof=1) if len(runs) > 1 else np.zeros(len(steps))
+        cell = lambda i: f"{curves[:, i].mean():.2f}" + (f" ± {spread[i]:.2f}" if len(runs) > 1 else "")  # noqa: B023, E731
+        table.add_row(arm.name, f"{runs[0]['share']:.3f}", cell(0), cell(-1), str(len(runs)))
+        panel.errorbar(steps, curves.mean(0), spread, marker="o", markersize=3, capsize=2, label=arm.name)
+    whole = results[0]["teacher"]
+    console.print(table)
+    console.print(f"the whole model, untrained: {whole:.2f}")
+    panel.axhline(whole, ls="--", color="tab:gray", label="whole model, untrained")
+    panel.set(xlabel="steps", ylabel="validation perplexity", yscale="log")
+    panel.legend(fontsize=8)
+    figure.savefig(RESULTS.with_suffix(".png"), dpi=120)
+    console.print(f"wrote {RESULTS.with_suffix('.png')}")
+
+
+def main(options: Options) -> None:
+    console, preset = Console(), PRESETS[options.preset]
+    if options.report:
+        return report(options.preset, console)
+    plain = mlfs.from_pretrained("smollm2-135m")
+    data = load_task("wiki-lm", plain.source, max_length=preset.length)
+    data["validation"] = data["validation"].subset(preset.limit)
+    teacher = evaluate(plain, data["validation"], "perplexity")["perplexity"]
+    best, ranked = ordered_model(plain, data["train"], preset)
+    config, device = dataclasses.asdict(preset), jax.devices()[0].device_kind
+    for seed in options.seeds:
+        for arm in (arm for arm in ARMS if arm.name in options.arms):
+            key = f"{options.preset}/{arm.name}/{seed}"
+            done, asked = load_results(RESULTS).get(key), config | dataclasses.asdict(arm)
+            if done and done["config"] == asked:
+                continue
+            start, subnet = time.time(), subnet_of(arm.shape, plain.config, ranked)
+            student = mlfs.slice_subnet(best if arm.ordered else plain, subnet)
+            curve = train(arm, seed, plain, student, data, preset)
+            share = num_params(plain.config, subnet) / num_params(plain.config)
+            result = {
+                "preset": options.preset,
+                "arm": arm.name,
+                "seed": seed,
+                "config": config | dataclasses.asdict(arm),
+            }
+            result |= {"subnet": str(subnet), "share": share, "teacher": teacher, "curve": curve, "device": device}
+            save_result(RESULTS, key, result | {"seconds": round(time.time() - start)})
+            console.print(f"{key}: " + ", ".join(f"{step}: {value:.1f}" for step, value in curve.items()))
+    report(options.preset, console)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
