@@ -84,11 +84,11 @@ class Session:
                 raise SessionError(f"{len(prompts)} prompts for a session of {len(self.lengths)} texts.")
         rows = [[*old, *new] for old, new in zip(self.unread or [[]] * len(prompts), prompts, strict=True)]
         lengths = self.lengths or [0] * len(rows)
-        _check(network, rows, lengths, room)
+        check_prompts(network, rows, lengths, room)
         width = bucket(max(len(row) for row in rows) - 1)
         self._make_room(network, len(rows), self.used + width + bucket(room))
         if width:
-            tokens, real = _left_pad([row[:-1] for row in rows], width, network.model.config.pad_token_id)
+            tokens, real = left_pad([row[:-1] for row in rows], width, network.model.config.pad_token_id)
             self.cache = prefill(*network.weights, self.cache, tokens, real)
         self.network = network
         self.used += width
@@ -106,7 +106,7 @@ class Session:
             self.cache = Cache(k=grow(c.k, 2), v=grow(c.v, 2), valid=grow(c.valid, 1), length=c.length)
 
 
-def _check(network: Network, rows: list[list[int]], lengths: list[int], room: int) -> None:
+def check_prompts(network: Network, rows: list[list[int]], lengths: list[int], room: int) -> None:
     """Every row has tokens, of the vocabulary, and positions for ``room`` more."""
     config = network.model.config
     if not rows:
@@ -134,7 +134,7 @@ def _check(network: Network, rows: list[list[int]], lengths: list[int], room: in
             )
 
 
-def _left_pad(rows: list[list[int]], width: int, pad: int) -> tuple[Int[np.ndarray, "B C"], Bool[np.ndarray, "B C"]]:
+def left_pad(rows: list[list[int]], width: int, pad: int) -> tuple[Int[np.ndarray, "B C"], Bool[np.ndarray, "B C"]]:
     tokens, real = np.full((len(rows), width), pad, np.int32), np.zeros((len(rows), width), bool)
     for i, row in enumerate(rows):
         tokens[i, width - len(row) :], real[i, width - len(row) :] = row, True
@@ -156,7 +156,7 @@ def as_rows(prompts: Prompts) -> list[list[int]]:
         ) from error
 
 
-def _new_tokens(out: Int[np.ndarray, "B M"], stop: Bool[np.ndarray, " V"]) -> tuple[list[list[int]], list[bool]]:
+def cut_at_end(out: Int[np.ndarray, "B M"], stop: Bool[np.ndarray, " V"]) -> tuple[list[list[int]], list[bool]]:
     """Rows without what is behind their end; whether a stop token is their last one."""
     rows = [row[row >= 0].tolist() for row in out]
     return rows, [bool(stop[row[-1]]) for row in rows]
@@ -201,13 +201,13 @@ def generate(
         out, scores = decode_beams(
             *network.weights, session.cache, first, beams=config.beams, length_penalty=penalty, **common
         )
-        tokens, finished = _new_tokens(np.asarray(out), stop)
+        tokens, finished = cut_at_end(np.asarray(out), stop)
         session.unread = [[*old, *new] for old, new in zip(session.unread, tokens, strict=True)]
     else:
         end, out = decode_rows(
             *network.weights, session.cache, first, sampling=config.sampling, key=_key(key), **common
         )
-        scores, (tokens, finished) = end.score, _new_tokens(np.asarray(out), stop)
+        scores, (tokens, finished) = end.score, cut_at_end(np.asarray(out), stop)
         session.cache, session.used = end.state, session.used + int(end.count)
         session.lengths = [n + len(new) for n, new in zip(session.lengths, tokens, strict=True)]
         session.unread = [new[-1:] for new in tokens]
