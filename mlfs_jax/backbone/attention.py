@@ -38,7 +38,7 @@ def rope_frequencies(rope: Rope) -> tuple[Float[np.ndarray, " half"], float]:
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rope.dim - 1)
-    ramp = np.clip((np.arange(rope.dim // 2) - low) / max(high - low, 1e-3), 0, 1)
+    ramp = np.clip((np.arange(rope.dim // 2) - low) / (high - low or 1e-3), 0, 1)
     factor = rope.attention_factor
     if factor is None:
         factor = 0.1 * math.log(rope.factor) + 1 if rope.factor > 1 else 1.0

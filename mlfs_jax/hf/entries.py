@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from mlfs_jax.backbone.layers import ACTIVATIONS
 from mlfs_jax.config import DecoderConfig, Rope
@@ -23,6 +23,11 @@ _ROPE_HINTS = {
     "longrope": " Phi-3's short-context checkpoints have 'default'.",
 }
 _LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+def renamed(hf: Mapping, **names: str) -> dict:
+    """config.json with the entries ``names`` under the other name that transformers knows them by."""
+    return {new: hf[old] for old, new in names.items() if old in hf} | dict(hf)
 
 
 def read(hf: Mapping, fields: Fields) -> dict:
@@ -52,6 +57,8 @@ def read(hf: Mapping, fields: Fields) -> dict:
 def write(config: DecoderConfig, fields: Fields) -> dict:
     """The entries of ``fields``; the inverse of :func:`read`."""
     hf = {theirs: getattr(config, ours) for ours, (theirs, _) in fields.items()}
+    if fields.get("head_dim") == ("head_dim", None) and config.heads * config.head_dim == config.embed:
+        del hf["head_dim"]  # what follows is not said, or not known to other readers
     ends, no_pad = config.eos_token_ids, fields["pad_token_id"][1] is None and config.pad_token_id == 0
     hf["eos_token_id"] = (None if not ends else ends[0]) if len(ends) < 2 else [*ends]
     hf["pad_token_id"] = None if no_pad else config.pad_token_id
@@ -59,7 +66,8 @@ def write(config: DecoderConfig, fields: Fields) -> dict:
 
 
 def read_rope(hf: Mapping, values: Mapping, *, partial: float | None = None, head_dim: int | None = None,
-              interleaved: bool = False, parameters: Mapping | None = None, theta: float = 1e4) -> Rope:  # fmt: skip
+              interleaved: bool = False, parameters: Mapping | None = None, theta: float = 1e4,
+              kinds: Collection[str] = tuple(_ROPE_TYPES)) -> Rope:  # fmt: skip
     """The rotary embedding of a config.json, in transformers 5's spelling (``rope_parameters``) or an older one.
 
     Args:
@@ -68,15 +76,16 @@ def read_rope(hf: Mapping, values: Mapping, *, partial: float | None = None, hea
         head_dim: channels that may be rotated, if not those of a head.
         parameters: the dict itself, where there are several (Gemma 3).
         theta: when config.json does not say it.
+        kinds: the values of ``rope_type`` that this family has.
     """
     if parameters is None:
         parameters = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
         theta = hf.get("rope_theta", theta)
     get = lambda name, default=None: default if parameters.get(name) is None else parameters[name]  # noqa: E731
     kind = get("rope_type", get("type", "default"))
-    if kind not in _ROPE_TYPES:
+    if kind not in kinds:
         raise ConfigError(
-            f"rope_type = {kind!r} in config.json: expected one of {', '.join(_ROPE_TYPES)}.{_ROPE_HINTS.get(kind, '')}"
+            f"rope_type = {kind!r} in config.json: expected one of {', '.join(kinds)}.{_ROPE_HINTS.get(kind, '')}"
         )
     if strange := parameters.keys() - _ROPE_ENTRIES:
         raise ConfigError(f"rope_parameters in config.json has {', '.join(sorted(strange))}, which is not known here.")

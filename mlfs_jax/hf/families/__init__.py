@@ -1,8 +1,15 @@
-"""The families, one table each. To add one: write its table, add it to this line."""
+"""The families, one table each. To add one: write its table, add its name to the list."""
 
-from mlfs_jax.hf.families import bert, distilbert, electra, llama, roberta
+from importlib import import_module
 
-FAMILIES = {module.FAMILY.name: module.FAMILY for module in (bert, roberta, distilbert, electra, llama)}
+_NAMES = """
+    bert roberta distilbert electra
+    llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi phi3 stablelm olmo olmo2 gpt_neox opt bloom gpt2 gpt_bigcode
+    glm internlm3 minicpm3
+"""
+
+FAMILIES = {name: import_module(f"{__name__}.{name}").FAMILY for name in _NAMES.split()}
+"""``model_type`` -> table."""
 
 NOT_NATIVE = {
     "qwen": ("Qwen 1", "qwen2"),
