@@ -83,6 +83,7 @@ def tokenizer_files(meta: dict[str, object], path: Path) -> dict[str, dict]:
     if len(types) != len(tokens):
         raise CheckpointError(f"{path} has {len(tokens)} tokens and {len(types)} token types: expected as many.")
     build = _byte_level_json if kind == "gpt2" else _sentencepiece_json
+    vocab = {token: i for i, token in enumerate(tokens) if types[i] != UNUSED}  # rows of the table that no token has
     tokenizer = {
         "version": "1.0",
         "truncation": None,
@@ -92,7 +93,7 @@ def tokenizer_files(meta: dict[str, object], path: Path) -> dict[str, dict]:
             for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
             if kind in (CONTROL, USER_DEFINED, UNKNOWN)
         ],
-    } | build(meta, tokens, path)
+    } | build(meta, vocab, path)
     special = {}
     for ours, theirs in SPECIAL.items():
         i = meta.get(f"tokenizer.ggml.{theirs}_token_id")
@@ -115,7 +116,7 @@ def _added(i: int, token: str, *, special: bool) -> dict:
     return {"id": i, "content": token, **edges, "special": special}
 
 
-def _byte_level_json(meta: dict, tokens: list[str], path: Path) -> dict:
+def _byte_level_json(meta: dict, vocab: dict[str, int], path: Path) -> dict:
     name = meta.get("tokenizer.ggml.pre", "default")
     pre = SAME_AS.get(name, name)
     if pre not in PRE_TOKENIZERS:
@@ -130,17 +131,17 @@ def _byte_level_json(meta: dict, tokens: list[str], path: Path) -> dict:
         "normalizer": {"type": "NFC"} if pre in NORMALIZED else None,
         "pre_tokenizer": PRE_TOKENIZERS[pre],
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": _bpe(tokens, [merge.split(" ", 1) for merge in merges], ignore_merges=pre in WHOLE_WORDS),
+        "model": _bpe(vocab, [merge.split(" ", 1) for merge in merges], ignore_merges=pre in WHOLE_WORDS),
     }
 
 
-def _sentencepiece_json(meta: dict, tokens: list[str], path: Path) -> dict:
+def _sentencepiece_json(meta: dict, vocab: dict[str, int], path: Path) -> dict:
     """SentencePiece joins the pair whose joint piece scores highest: the order of the scores is that of the merges."""
-    scores = meta.get("tokenizer.ggml.scores")
+    tokens, scores = meta["tokenizer.ggml.tokens"], meta.get("tokenizer.ggml.scores")
     if scores is None or len(scores) != len(tokens):
         raise CheckpointError(f"{path} has no tokenizer.ggml.scores for each token, which a 'llama' tokenizer needs.")
     types = meta.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
-    ids = {token: i for i, token in enumerate(tokens) if types[i] in (NORMAL, UNUSED)}
+    ids = {token: i for i, token in enumerate(tokens) if types[i] == NORMAL}
     pairs = [
         (-scores[i], ids[left], ids[right], left, right)
         for token, i in ids.items()
@@ -157,12 +158,14 @@ def _sentencepiece_json(meta: dict, tokens: list[str], path: Path) -> dict:
         "pre_tokenizer": None,
         "decoder": {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
         "model": _bpe(
-            tokens, [[left, right] for *_, left, right in sorted(pairs)], unk=tokens[unknown], byte_fallback=True
+            vocab, [[left, right] for *_, left, right in sorted(pairs)], unk=tokens[unknown], byte_fallback=True
         ),
     }
 
 
-def _bpe(tokens, merges, *, unk: str | None = None, byte_fallback=False, ignore_merges=False) -> dict:
+def _bpe(
+    vocab: dict[str, int], merges: list[list[str]], *, unk: str | None = None, byte_fallback=False, ignore_merges=False
+) -> dict:
     return {
         "type": "BPE",
         "dropout": None,
@@ -172,7 +175,7 @@ def _bpe(tokens, merges, *, unk: str | None = None, byte_fallback=False, ignore_
         "fuse_unk": byte_fallback,
         "byte_fallback": byte_fallback,
         "ignore_merges": ignore_merges,
-        "vocab": {token: i for i, token in enumerate(tokens)},
+        "vocab": vocab,
         "merges": merges,
     }
 

@@ -69,16 +69,19 @@ def export_gguf(
     *,
     tokenizer_from: str | Path | None = None,
     name: str | None = None,
+    values_f16: bool = True,
 ) -> GGUFReport:
     """Write a model, sliced or whole, as a GGUF file. It appears in one rename.
 
-    Vectors (norms, biases) are float32. A matrix whose rows are no multiple of 32 cannot be Q8_0: it is F16, and the
-    report says so.
+    Vectors (norms, biases) are float32. In a Q8_0 file two kinds of matrices are F16, and the report says which: those
+    whose rows are no multiple of 32, and the values of grouped-query attention, which are small and on which much
+    depends (llama.cpp's mixed types spend more bits on them, too; experiments/check_gguf_llamacpp.py measures it).
 
     Args:
         dtype: "f16", "bf16", "q8_0" or "f32", of the matrices.
         tokenizer_from: folder with tokenizer.json and tokenizer_config.json; None: ``model.source``.
         name: general.name of the file; None: the model's.
+        values_f16: False: grouped values are Q8_0 like the rest, as llama.cpp's own quantiser has it.
 
     Raises:
         ConfigError: llama.cpp's architectures written here cannot express the model, or ``dtype`` is unknown.
@@ -100,7 +103,7 @@ def export_gguf(
         **shape_metadata(model.config, arch),
         **tokenizer_metadata(folder, model.config),
     }
-    plan = _plan(model, dtype)
+    plan = _plan(model, dtype, values_f16)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, fresh = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
@@ -112,10 +115,13 @@ def export_gguf(
         if os.path.exists(fresh):
             os.unlink(fresh)
     fallbacks = {key: kind for key, (shape, kind) in plan.items() if len(shape) > 1 and kind != dtype.upper()}
-    why = ()
-    if fallbacks:
-        rows = ", ".join(map(str, sorted({plan[key][0][-1] for key in fallbacks})))
-        why = (f"{len(fallbacks)} matrices are F16, not Q8_0: their rows of {rows} are no multiple of {BLOCK}.",)
+    odd = {key for key in fallbacks if plan[key][0][-1] % BLOCK}
+    why = []
+    if odd:
+        rows = ", ".join(map(str, sorted({plan[key][0][-1] for key in odd})))
+        why.append(f"{len(odd)} matrices are F16, not Q8_0: their rows of {rows} are no multiple of {BLOCK}.")
+    if len(odd) < len(fallbacks):
+        why.append("attn_v is F16, not Q8_0: several heads share it.")
     return GGUFReport(
         path=path,
         architecture=arch,
@@ -123,7 +129,7 @@ def export_gguf(
         parameters=model.num_params,
         types=dict(Counter(kind for _, kind in plan.values())),
         fallbacks=fallbacks,
-        why=why,
+        why=tuple(why),
     )
 
 
@@ -205,14 +211,17 @@ def _check_free(path: Path) -> None:
         raise RunError(f"{path} is there and is not an export of mlfs_jax: choose another name, or remove it.")
 
 
-def _plan(model: Model, dtype: str) -> dict[str, tuple[tuple[int, ...], str]]:
+def _plan(model: Model, dtype: str, values_f16: bool) -> dict[str, tuple[tuple[int, ...], str]]:
     """Tensor -> (shape, type), in the order of the file: that of :func:`_contents`."""
     plan = {}
     if model.config.rope.scaling == "llama3":
         plan[ROPE_FREQS] = ((model.config.rope.dim // 2,), "F32")
+    values_f16 = values_f16 and model.config.kv_heads < model.config.heads
     for name, leaf in _ordered(model):
         shape = hf_shape(name, leaf.axes, leaf.shape)
-        kind = "F32" if len(shape) == 1 else "F16" if dtype == "q8_0" and shape[-1] % BLOCK else dtype.upper()
+        kind = "F32" if len(shape) == 1 else dtype.upper()
+        if kind == "Q8_0" and (shape[-1] % BLOCK or (name == "layers.v.kernel" and values_f16)):
+            kind = "F16"
         plan |= dict.fromkeys(tensor_names(name, leaf.axes, leaf.shape), (shape, kind))
     return plan
 
