@@ -38,7 +38,7 @@ PACKAGES = {"mlfs_jax": FLOORS, "spa_jax": SPA_FLOORS}
 FLOOR = {p: {name: h for h, names in enumerate(floors) for name in names} for p, floors in PACKAGES.items()}
 
 # Slow to import or not installed with the package: only inside the functions that need them.
-HEAVY = {"torch", "peft", "transformers", "tensorflow", "tensorflow_datasets", "matplotlib", "sklearn"}
+HEAVY = {"torch", "peft", "transformers", "tensorflow", "tensorflow_datasets", "matplotlib", "sklearn", "rouge_score"}
 
 
 def modules() -> list[Path]:
