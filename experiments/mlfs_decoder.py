@@ -8,7 +8,7 @@ subnet of about 2/3 of the body's parameters on the same batches; the whole mode
 * order:  LoRA, alpha 0.9, on the first heads and neurons instead of the most important
 * shape:  LoRA, alpha 0.9, on a subnet that is narrower (the slice above), shallower, or both
 
-    python experiments/mlfs_decoder.py                      # 3 seeds x 8 arms: a night on 2 cores
+    python experiments/mlfs_decoder.py                      # 3 seeds x 8 arms: hours on 2 cores
     python experiments/mlfs_decoder.py --preset h200        # longer texts and runs, for a GPU
     python experiments/mlfs_decoder.py --report             # table and plot of what is there already
 
@@ -82,7 +82,7 @@ class Preset:
 
 
 PRESETS = {
-    "cpu": Preset(steps=120, batch_size=8, length=64, every=20, limit=96),
+    "cpu": Preset(steps=60, batch_size=4, length=64, every=15, limit=32, rank=16, learning_rate=2e-3),
     "h200": Preset(steps=1500, batch_size=32, length=256, every=100, limit=800, rank=16),
 }
 
