@@ -142,7 +142,7 @@ def config_of(file: GGUFFile) -> DecoderConfig:
     eos = [meta.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot")]
     pad = meta.get("tokenizer.ggml.padding_token_id", eos[0])
     return DecoderConfig(
-        family=arch,
+        family="qwen2" if biased == ["attn_q"] else arch,  # a slice of Qwen2 is written as a llama with biases
         vocab_size=file.tensors["token_embd.weight"].shape[0],
         embed=embed,
         layers=field("block_count"),
@@ -183,7 +183,10 @@ def _rope(file: GGUFFile, theta: float, dim: int, context: int) -> Rope:
     if kind == "yarn":
         if scaling("yarn_ext_factor", 1.0) != 1.0 or scaling("yarn_log_multiplier"):
             raise ConfigError(f"{file.path}: yarn with yarn_ext_factor or yarn_log_multiplier is not built here.")
-        extra = scaling("yarn_attn_factor", 1.0) * scaling("attn_factor", 1.0)
+        # llama.cpp multiplies its own by attn_factor; its converter leaves Hugging Face's, whole, in yarn_attn_factor
+        attention_factor = scaling("yarn_attn_factor")
+        if attention_factor is None and scaling("attn_factor", 1.0) != 1.0:
+            attention_factor = scaling("attn_factor") * (0.1 * math.log(factor) + 1.0)
         return dataclasses.replace(
             rope,
             scaling="yarn",
@@ -191,7 +194,7 @@ def _rope(file: GGUFFile, theta: float, dim: int, context: int) -> Rope:
             original_positions=scaling("original_context_length", context),
             beta_fast=_short(scaling("yarn_beta_fast", 32.0)),
             beta_slow=_short(scaling("yarn_beta_slow", 1.0)),
-            attention_factor=None if extra == 1.0 else extra * (0.1 * math.log(factor) + 1.0),
+            attention_factor=attention_factor,
         )
     if kind == "linear" and factor != 1.0:
         return dataclasses.replace(rope, scaling="linear", factor=_short(factor))
@@ -253,7 +256,7 @@ def _account(file: GGUFFile, config: DecoderConfig, wanted: set[str]) -> None:
     missing = sorted(wanted - file.tensors.keys())
     for what, names in (("lacks", missing), ("has tensors that are not built here:", strange)):
         if names:
-            raise CheckpointError(f"{file.path} ({config.family}) {what} {_some(names)} ({len(names)} in all).")
+            raise CheckpointError(f"{file.path} {what} {_some(names)} ({len(names)} in all).")
 
 
 def _read_weight(file: GGUFFile, config: DecoderConfig, name: str, keys: list[str], spec, dtype) -> np.ndarray:
@@ -266,7 +269,7 @@ def _read_weight(file: GGUFFile, config: DecoderConfig, name: str, keys: list[st
         if tensor.shape != expected:
             raise CheckpointError(f"{key} in {file.path} has shape {tensor.shape}; its metadata make it {expected}.")
         theirs = file.read(key)
-        if permuted(config.family, name):
+        if permuted(file.metadata["general.architecture"], name):
             theirs = unpermute(theirs, config.heads if name.startswith("layers.q.") else config.kv_heads)
         value[i if stacked else ...] = to_ours(name, layer_axes, layer_shape, [theirs])
     return value

@@ -145,13 +145,15 @@ def check_expressible(config) -> str:
             "Export it as a Hugging Face checkpoint, which llama.cpp's converter may take."
         )
     arch = FAMILIES[config.family]
+    if arch == "qwen2" and config.heads * config.head_dim != config.embed:
+        arch = "llama"  # which takes biases and any head size; llama.cpp's qwen2 does not
     plain = {f.name: f.default for f in dataclasses.fields(DecoderConfig)}
     wrong = [name for name in plain if name not in EXPRESSIBLE and getattr(config, name) != plain[name]]
     if config.attn_scale is not None and np.isclose(config.attn_scale, config.head_dim**-0.5):
         wrong.remove("attn_scale")
     if config.windows and not any(config.windows):
         wrong.remove("windows")
-    if arch == "qwen2":
+    if config.family == "qwen2":
         biases = {"qkv_bias": True, "o_bias": False, "mlp_bias": False}
         wrong += [name for name, built in biases.items() if getattr(config, name) is not built]
     if config.head == "none" and not config.tied:
@@ -196,7 +198,7 @@ def _rope_metadata(rope: Rope) -> dict[str, object]:
             "rope.scaling.yarn_beta_slow": float(rope.beta_slow),
         }
         if rope.attention_factor is not None:  # llama.cpp's own factor comes on top
-            said["rope.scaling.yarn_attn_factor"] = rope.attention_factor / (0.1 * float(np.log(rope.factor)) + 1.0)
+            said["rope.scaling.attn_factor"] = rope.attention_factor / (0.1 * float(np.log(rope.factor)) + 1.0)
     return said
 
 

@@ -6,11 +6,25 @@ import struct
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 
+from mlfs_jax.hf.gguf_tokenizer import PROBES
+
 CORPUS = [
     "the cat sat on the mat, don't you think 12345 they'll see",
     "def f(x):\n    return x ** 2  # ünïcödé",
     "日本 🚀",
 ]
+TEXTS = (
+    *PROBES,
+    "",
+    " ",
+    "a",
+    "the cat<|im_end|> sat",
+    "\n\n\n x",
+    "I'VE I've don't",
+    "1234567 12 ٣½",
+    "<think>ok",
+    "日本",
+)
 CHAT = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
 
 LLAMA = {

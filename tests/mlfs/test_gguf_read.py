@@ -105,10 +105,11 @@ def test_rope_scalings(tmp_path):
     yarn = {"scaling__type": "yarn", "scaling__factor": 4.0, "scaling__original_context_length": 8}
     expected = {"scaling": "yarn", "factor": 4.0, "original_positions": 8}
     assert scaled(tmp_path, **yarn) == Rope(1e4, 4, **expected)
-    yarn |= {"scaling__yarn_beta_fast": 16.0, "scaling__yarn_attn_factor": 0.5}
-    rope = scaled(tmp_path, **yarn)
+    yarn |= {"scaling__yarn_beta_fast": 16.0}
+    rope = scaled(tmp_path, **yarn, scaling__attn_factor=0.5)
     assert rope.beta_fast == 16.0
     assert rope.attention_factor == pytest.approx(0.5 * (0.1 * math.log(4) + 1))
+    assert scaled(tmp_path, **yarn, scaling__yarn_attn_factor=0.5).attention_factor == 0.5
     with pytest.raises(ConfigError, match=r"longrope.*linear, yarn and llama3"):
         scaled(tmp_path, scaling__type="longrope")
     with pytest.raises(ConfigError, match="yarn_ext_factor"):

@@ -7,21 +7,8 @@ from tokenizers import Tokenizer
 
 from mlfs_jax.config import DecoderConfig, Rope
 from mlfs_jax.errors import CheckpointError
-from mlfs_jax.hf.gguf_tokenizer import PRE_TOKENIZERS, PROBES, tokenizer_files, tokenizer_metadata
-from tests.mlfs.gguf_files import CHAT, byte_level_tokenizer, sentencepiece_tokenizer
-
-TEXTS = (
-    *PROBES,
-    "",
-    " ",
-    "a",
-    "the cat<|im_end|> sat",
-    "\n\n\n x",
-    "I'VE I've don't",
-    "1234567 12 ٣½",
-    "<think>ok",
-    "日本",
-)
+from mlfs_jax.hf.gguf_tokenizer import PRE_TOKENIZERS, tokenizer_files, tokenizer_metadata
+from tests.mlfs.gguf_files import CHAT, TEXTS, byte_level_tokenizer, sentencepiece_tokenizer
 
 
 def config(vocab_size, **fields):

@@ -43,6 +43,7 @@ def arrays(model):
         {},
         {"tied": True, "layers": 1, "kv_heads": 4},
         {"family": "qwen2", "qkv_bias": True},
+        {"family": "qwen2", "qkv_bias": True, "embed": 64},
         {"qkv_bias": True, "o_bias": True, "mlp_bias": True},
         {"rope": Rope(5e5, 16, scaling="linear", factor=2.0)},
         {"rope": Rope(1e4, 16, scaling="yarn", factor=4.0, original_positions=8, beta_fast=20.0, attention_factor=1.5)},
@@ -62,6 +63,8 @@ def test_f32_comes_back_equal(changes, tokenizer, tmp_path):
     for name, value in arrays(model).items():
         np.testing.assert_array_equal(arrays(again)[name], value, err_msg=name)
     assert report.types.keys() == {"F32"}
+    heads_fill_embed = model.config.heads * model.config.head_dim == model.config.embed
+    assert report.architecture == ("qwen2" if "family" in changes and heads_fill_embed else "llama")
     assert (report.fallbacks, report.why, report.parameters) == ({}, (), model.num_params)
     assert report.nbytes == (tmp_path / "m.gguf").stat().st_size
     meta = open_gguf(tmp_path / "m.gguf").metadata
