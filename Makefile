@@ -49,8 +49,8 @@ demo: .venv/.core  ## fetch a model and data, fit a small palette, show, export 
 	$(call mlfs,info runs/demo)
 
 test: .venv/.test  ## the tests; ARGS="-k name" for some
-	@$(BIN)/mlfs fetch minilm-l6 bert-tiny wiki movie || echo "no download: tests of real checkpoints are skipped"
-	$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/mlfs fetch minilm-l6 bert-tiny smollm2-135m wiki movie || echo "no download: tests of real checkpoints are skipped"
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 lint: .venv/.test  ## ruff
 	$(BIN)/ruff check .
