@@ -49,10 +49,10 @@ def lm_loss(hidden: Hidden, batch: Mapping, *, frozen: bool = True, chunk: int =
 
     def loss(states, aux, base):
         logits = apply_head(hidden.graphdef, base, states)
-        return (aux["weight"] * _cross_entropy(logits, aux["label"])).sum()
+        return (aux["weight"] * cross_entropy(logits, aux["label"])).sum()
 
     aux = {"label": labels, "weight": weights}
-    return _sum_over_chunks(loss, _predicting(hidden.states), aux, hidden.base, frozen, chunk) / _count(weights)
+    return sum_over_chunks(loss, _predicting(hidden.states), aux, hidden.base, frozen, chunk) / _count(weights)
 
 
 def lm_distill_loss(
@@ -67,7 +67,7 @@ def lm_distill_loss(
 
     def loss(states, aux, bases):
         logits = apply_head(student.graphdef, bases[0], states)
-        total = (1 - config.alpha) * _cross_entropy(logits, aux["label"])
+        total = (1 - config.alpha) * cross_entropy(logits, aux["label"])
         if config.alpha:
             target = apply_head(teacher.graphdef, bases[1], aux["teacher"])
             total += config.alpha * divergence(target, logits, config.tau)
@@ -75,7 +75,7 @@ def lm_distill_loss(
 
     aux = {"label": labels, "weight": weights, "teacher": _predicting(jax.lax.stop_gradient(teacher.states))}
     bases = (student.base, teacher.base)
-    return _sum_over_chunks(loss, _predicting(student.states), aux, bases, True, chunk) / _count(weights)
+    return sum_over_chunks(loss, _predicting(student.states), aux, bases, True, chunk) / _count(weights)
 
 
 def _predicting(states: Float[Array, "B T D"]) -> Float[Array, "M D"]:
@@ -91,12 +91,12 @@ def _count(weights: Float[Array, " M"]) -> Float[Array, ""]:
     return jnp.maximum(weights.sum(), 1.0)
 
 
-def _cross_entropy(logits: Float[Array, "M V"], labels: Int[Array, " M"]) -> Float[Array, " M"]:
+def cross_entropy(logits: Float[Array, "M V"], labels: Int[Array, " M"]) -> Float[Array, " M"]:
     picked = jnp.take_along_axis(logits, labels[:, None], -1)[:, 0]
     return jax.nn.logsumexp(logits, -1) - picked
 
 
-def _sum_over_chunks(
+def sum_over_chunks(
     loss: Callable, states: Float[Array, "M D"], aux: dict, shared, frozen: bool, chunk: int
 ) -> Float[Array, ""]:
     """The sum of ``loss(states [C, D], aux [C, ...], shared)`` over chunks of C tokens.
