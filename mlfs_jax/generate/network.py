@@ -78,7 +78,7 @@ class Network:
 def _same(a, b) -> bool:
     """Whether two trees hold the same arrays, or equal ones; equal ones are compared only where it must be."""
     (a, a_def), (b, b_def) = jax.tree.flatten(a), jax.tree.flatten(b)
-    equal = lambda x, y: x is y or (x.shape == y.shape and x.dtype == y.dtype and bool(jnp.array_equal(x, y)))  # noqa: E731
+    equal = lambda x, y: x is y or (x.shape == y.shape and x.dtype == y.dtype and np.array_equal(x, y))  # noqa: E731
     return a_def == b_def and all(equal(x, y) for x, y in zip(a, b, strict=True))
 
 

@@ -86,7 +86,7 @@ class Session:
         lengths = self.lengths or [0] * len(rows)
         check_prompts(network, rows, lengths, room)
         width = bucket(max(len(row) for row in rows) - 1)
-        self._make_room(network, len(rows), self.used + width + bucket(room))
+        self._make_room(network, len(rows), self.used + width, room)
         if width:
             tokens, real = left_pad([row[:-1] for row in rows], width, network.model.config.pad_token_id)
             self.cache = prefill(*network.weights, self.cache, tokens, real)
@@ -96,11 +96,11 @@ class Session:
         self.unread = [row[-1:] for row in rows]
         return np.asarray(self.unread, np.int32)[:, 0]
 
-    def _make_room(self, network: Network, batch: int, slots: int) -> None:
+    def _make_room(self, network: Network, batch: int, used: int, room: int) -> None:
         if self.cache is None:
-            self.cache = init_cache(network.model.config, batch, slots, network.dtype)
-        elif self.cache.capacity < slots:
-            more = bucket(slots) - self.cache.capacity
+            self.cache = init_cache(network.model.config, batch, used + bucket(room), network.dtype)
+        elif self.cache.capacity < used + room:
+            more = bucket(used + room) - self.cache.capacity
             grow = lambda x, axis: jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)])  # noqa: E731
             c = self.cache
             self.cache = Cache(k=grow(c.k, 2), v=grow(c.v, 2), valid=grow(c.valid, 1), length=c.length)
