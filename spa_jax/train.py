@@ -1,0 +1,424 @@
+"""``fit``: from a frozen decoder and a task to a plugin: the side network first, then the gate.
+
+A run folder holds run.json (the config), metrics.jsonl (the loss curve), checkpoints/, and, when it is finished,
+result.json and the plugin itself (plugin.safetensors, plugin.json). The base is not copied.
+
+Order matters [ours]: with a price on its use from the first step the gate gives a side network up before it has
+learnt. So the side network learns as if it were always used (S1), or alone (S3); then the gate, on examples that the
+side network has not seen; then its threshold, on the validation split.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Float
+from rich.console import Console
+
+from mlfs_jax.checkpoint import Checkpoints
+from mlfs_jax.data.batches import BUCKETS, Batches
+from mlfs_jax.data.encode import Encoded, fingerprint, load_task
+from mlfs_jax.data.tasks import Task, get_task, task_names
+from mlfs_jax.errors import ConfigError
+from mlfs_jax.hf.load import from_pretrained
+from mlfs_jax.importance import Importance, measure_importance
+from mlfs_jax.model import Model
+from mlfs_jax.model import forward as forward_base
+from mlfs_jax.registry import ENTRIES, cache_dir
+from mlfs_jax.run import Preemption, Run, preemption
+from mlfs_jax.stages import Stage
+from mlfs_jax.supernet import TrainState
+from mlfs_jax.vocab import CHUNK, Hidden, lm_loss
+from spa_jax.gate import ALWAYS, calibration_curve, choose_threshold
+from spa_jax.gate_fit import GateConfig, fit_gate
+from spa_jax.ladders import LadderCache
+from spa_jax.loop import progress, train_loop
+from spa_jax.model import cloud_step
+from spa_jax.plugin import WEIGHTS, Plugin, base_fingerprint, load_plugin, save_plugin, tokenizer_fingerprint
+from spa_jax.score import TokenScores, score_tokens
+from spa_jax.seam import Frame, Setting
+from spa_jax.side import Side, SideConfig, device_step
+from spa_jax.start import init_side
+
+STARTS = ("sliced", "random")
+TAPS = ("off", "ram", "disk")
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """Everything that decides what a run computes; a run folder only ever continues with the same one.
+
+    Attributes:
+        model: a name of the catalogue, a hub id, a local Hugging Face directory, or a GGUF file.
+        task: a language task's name, or a .jsonl file with prompt, completion and perhaps user.
+        setting: spa, s1 (always f + g), s2 (the gate picks f or g) or s3 (g alone: LST).
+        user: only this user's examples.
+        seed: of new weights and of the order of the data.
+        steps: optimizer steps of the side network.
+        learning_rate: the peak: linear warm-up, then cosine to 0.
+        batch_size: examples in a step.
+        side: shape of the side network.
+        start: "sliced" out of the backbone by importance, or "random"; by default sliced for a ladder.
+        importance_examples: training examples that the importance is measured on.
+        gate: how the gate is trained and set.
+        cache_taps: "ram" or "disk": the backbone runs once over each example, and an epoch costs the side network only.
+        cache_gb: the most that cached taps may take.
+        taps_folder: for "disk": where, to be kept for other runs on the same data; by default in the run's folder,
+            until the run is finished.
+        max_length: tokens of prompt and completion; the default is the task's.
+        buckets: lengths that batches are padded to (each is one more compile of the step).
+        limit: at most this many examples of each split.
+        save_every: steps between checkpoints.
+    """
+
+    model: str
+    task: str
+    setting: str = "spa"
+    user: str | None = None
+    seed: int = 0
+    steps: int = 600
+    learning_rate: float = 3e-3
+    batch_size: int = 16
+    side: SideConfig = field(default_factory=SideConfig)
+    start: str | None = None
+    importance_examples: int = 64
+    gate: GateConfig = field(default_factory=GateConfig)
+    cache_taps: str = "off"
+    cache_gb: float = 8.0
+    taps_folder: str | None = None
+    max_length: int | None = None
+    buckets: tuple[int, ...] = BUCKETS
+    limit: int | None = None
+    save_every: int = 100
+
+    def __post_init__(self):
+        Setting.parse(self.setting)
+        for name, least in (
+            ("steps", 1),
+            ("batch_size", 1),
+            ("seed", 0),
+            ("save_every", 1),
+            ("importance_examples", 1),
+        ):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} = {getattr(self, name)}: expected at least {least}.")
+        if self.start not in (None, *STARTS) or (self.start == "sliced" and self.side.ladder == "plugin"):
+            raise ConfigError(
+                f"start = {self.start!r} of a {self.side.ladder}: expected 'sliced' (ladders) or 'random'."
+            )
+        if self.cache_taps not in TAPS:
+            raise ConfigError(f"cache_taps = {self.cache_taps!r}: expected one of {', '.join(TAPS)}.")
+        if self.user is not None and not self.user.strip():
+            raise ConfigError("user is empty: name the user whose examples the plugin is made of, or leave user out.")
+
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        return Stage("side", "maxnet", self.steps, self.learning_rate).optimizer()
+
+    @property
+    def sliced(self) -> bool:
+        return (self.start or "sliced") == "sliced" and self.side.ladder == "ladder"
+
+    def anywhere(self) -> FitConfig:
+        """The same with local paths in full, so that the run folder opens from anywhere."""
+        taps = self.taps_folder and str(Path(self.taps_folder).expanduser().absolute())
+        return dataclasses.replace(
+            self, model=from_anywhere(self.model), task=from_anywhere(self.task), taps_folder=taps
+        )
+
+    def get_task(self) -> Task:
+        task = get_task(self.task)
+        if not task.is_language:
+            raise ConfigError(
+                f"{self.task} is a {task.problem} task: a side network continues texts; give a language task."
+            )
+        return task
+
+    def load_model(self) -> Model:
+        return from_pretrained(self.model, head="lm")
+
+    def load_data(self, task: Task, model: Model) -> dict[str, Encoded]:
+        """The task, encoded by the tokenizer in the model's folder; of one user, if one is named."""
+        data = load_task(task, model.source, max_length=self.max_length, limit=self.limit)
+        return data if self.user is None else {split: encoded.of_user(self.user) for split, encoded in data.items()}
+
+    def split(self, train: Encoded) -> tuple[Encoded, Encoded | None]:
+        """Training examples of the side network and, for a gated setting, of the gate; the same for every seed."""
+        held = round(self.gate.share * len(train)) if Setting.parse(self.setting).gated else 0
+        if not held:
+            return train, None
+        order = np.random.default_rng(len(train)).permutation(len(train))
+        return train.take(np.sort(order[held:])), train.take(np.sort(order[:held]))
+
+
+def from_json(saved: Mapping) -> FitConfig:
+    """A FitConfig after a trip through JSON (run.json)."""
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+    return FitConfig(**fields | {"side": SideConfig(**fields["side"]), "gate": GateConfig(**fields["gate"])})
+
+
+@dataclass(frozen=True)
+class SideTrainer:
+    """One step of training a side network; the base is an argument that nothing differentiates."""
+
+    graphdef: nnx.GraphDef
+    side: Side
+    setting: Setting
+    optimizer: optax.GradientTransformation
+    unroll: bool = True
+    chunk: int = CHUNK
+
+    def loss(
+        self, net: dict[str, Array], base: nnx.State, batch: Mapping, ladders: tuple[Frame, Array] | None, key: Array
+    ) -> Float[Array, ""]:
+        """Cross-entropy of f + g, or of g alone, over the tokens that count."""
+        if ladders is None:
+            cloud = cloud_step(self.graphdef, base, {}, None, batch, tapped=self.side.tapped)
+            ladders = cloud.frame, cloud.hidden
+        frame, f = ladders
+        g, _ = device_step(self.side.replace(net=net), None, frame, seen=self._seen(frame, key), unroll=self.unroll)
+        states = f + g if self.setting.adds else g
+        return lm_loss(Hidden(self.graphdef, base, states), batch, chunk=self.chunk)
+
+    def _seen(self, frame: Frame, key: Array) -> Array | None:
+        """For sparse memory: a random share of each text is never seen, as it will be when a gate decides."""
+        if self.side.config.memory != "sparse" or not self.setting.gated:
+            return None
+        share, each = jax.random.split(key)
+        kept = jax.random.uniform(share, (frame.real.shape[0], 1), minval=0.2)
+        return jax.random.uniform(each, frame.real.shape) < kept
+
+    @cached_property
+    def step(self):
+        """``(state, base, batch, ladders, key) -> (state, loss)``; the state is donated."""
+
+        def step(state: TrainState, base, batch, ladders, key):
+            loss, grads = jax.value_and_grad(self.loss)(state.params, base, batch, ladders, key)
+            updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+            return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), loss
+
+        return jax.jit(step, donate_argnames="state")
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a run folder holds, put together."""
+
+    config: FitConfig
+    model: Model
+    plugin: Plugin
+
+
+def load_run(path: str | Path, *, model: Model | None = None) -> Fitted:
+    """Open a finished run; the plugin is checked against its base and tokenizer.
+
+    Args:
+        model: the base, if it is loaded already.
+
+    Raises:
+        RunError: there is no finished run. PluginError: the plugin does not fit the base.
+    """
+    run = Run.open(path, finished=True)
+    config = from_json({name: value for name, value in run.config.items() if name != "data"})
+    model = model or config.load_model()
+    plugin = load_plugin(run.path).check(model.config, model.base, model.source)
+    return Fitted(config, model, plugin)
+
+
+def from_anywhere(name: str) -> str:
+    """A local path in full; another name as it is."""
+    known, path = {*task_names(), *(entry.name for entry in ENTRIES)}, Path(name).expanduser()
+    return str(path.absolute()) if name not in known and path.exists() else name
+
+
+def fit(
+    config: FitConfig, out: str | Path, *, model: Model | None = None, console: Console | None = None
+) -> Fitted | None:
+    """Train a plugin into the folder ``out``; continue there if it holds the same run, unfinished.
+
+    Args:
+        model: the base, if it is loaded already.
+
+    Returns None when a SIGTERM or Ctrl-C ended it early (everything is saved; the same call goes on).
+
+    Raises:
+        RunError: ``out`` holds another run.
+        MLFSError: a name, file or setting is wrong; the message says which.
+    """
+    console = console or Console()
+    config = config.anywhere()
+    task = config.get_task()
+    model = model or config.load_model()
+    config.side.resolve(model.config)  # what is wrong is said before the folder is made
+    data = config.load_data(task, model)
+    for_side, for_gate = config.split(data["train"])
+    if not len(for_side):
+        raise ConfigError(f"{len(data['train'])} training examples leave none for the side network: give more.")
+    saved = {**dataclasses.asdict(config), "data": fingerprint(data)}
+    with preemption() as stop, Run.create_or_resume(out, saved) as run:
+        if run.finished:
+            console.print(f"{run.path} is finished; `spa eval` measures it.")
+            return load_run(run.path, model=model)
+        side = _train_side(config, model, for_side, run, stop, console)
+        if side is None:
+            console.print(f"stopped by {stop.signal}; the same command continues this run.")
+            return None
+        plugin, result = _finish(config, model, side, for_gate, data["validation"])
+        save_plugin(run.path, plugin)
+        shutil.rmtree(run.path / "taps", ignore_errors=True)
+        run.finish(params=side.num_params, bytes=(run.path / WEIGHTS).stat().st_size, **result)
+        console.print(", ".join(f"{name} {value:.3f}" for name, value in result.items()))
+    return Fitted(config, model, plugin)
+
+
+def _train_side(
+    config: FitConfig, model: Model, train: Encoded, run: Run, stop: Preemption, console: Console
+) -> Side | None:
+    root, setting = jax.random.key(config.seed), Setting.parse(config.setting)
+    started = Checkpoints(run.checkpoints).latest() is not None  # a start that is replaced need not be measured
+    importance = importance_of(config, model, train) if config.sliced and not started else None
+    side = init_side(
+        root, model.config, config.side, setting=setting, model=model if importance else None, importance=importance
+    )
+    batches = Batches(train, min(config.batch_size, len(train)), seed=config.seed, buckets=config.buckets)
+    cache = None
+    if config.cache_taps != "off":
+        cache = _fill_cache(config, model, side, train, batches, run, stop, console)
+        if cache is None:
+            return None
+    trainer = SideTrainer(model.graphdef, side, setting, config.optimizer)
+
+    def step(state: TrainState, i: int):
+        ladders = None if cache is None else cache.get(batches.rows(i), batches.width(i))
+        return trainer.step(state, model.base, batches[i], ladders, jax.random.fold_in(root, i))
+
+    net = train_loop(
+        run,
+        stop,
+        console,
+        label=f"side network ({config.setting})",
+        params=side.net,
+        optimizer=config.optimizer,
+        step=step,
+        steps=config.steps,
+        save_every=config.save_every,
+    )
+    return None if net is None else side.replace(net=net)
+
+
+def _fill_cache(config, model, side, train, batches, run, stop, console) -> LadderCache | None:
+    rows = np.concatenate([batches.rows(i) for i in range(min(config.steps, batches.epoch_steps * 2))])
+    if config.steps > batches.epoch_steps * 2:  # what two shuffles left out, a later one may take
+        rows = np.arange(len(train))
+    base = base_fingerprint(model.config, model.base)
+    cache = LadderCache(
+        model,
+        train,
+        rows,
+        side.tapped,
+        limit_gb=config.cache_gb,
+        folder=Path(config.taps_folder or run.path / "taps") if config.cache_taps == "disk" else None,
+        fingerprint=base + fingerprint({"train": train}),
+    )
+    with progress(console) as bars:
+        bar = bars.add_task("taps", total=len(cache.rows), shown=f"{cache.bytes / 1e9:.2f} GB")
+        whole = cache.fill(stop=lambda: bool(stop), advance=lambda n: bars.advance(bar, n))
+    return cache if whole else None
+
+
+def importance_of(config: FitConfig, model: Model, train: Encoded) -> Importance:
+    """Importance of the backbone's units for this task; measured once for each base and data, then kept."""
+    part = train.subset(config.importance_examples)
+    name = base_fingerprint(model.config, model.base)[:16] + fingerprint({"train": part})[:16]
+    file = cache_dir() / "importance" / f"{name}.npz"
+    if file.exists():
+        with np.load(file) as saved:
+            return Importance(**saved)
+
+    def loss(base: nnx.State, batch: Mapping) -> Array:
+        hidden = forward_base(model.graphdef, base, batch, logits=False).hidden
+        return lm_loss(Hidden(model.graphdef, base, hidden), batch, frozen=False)
+
+    batches = Batches(part, min(8, len(part)), buckets=config.buckets, window=1000)
+    importance = measure_importance(model, map(batches.__getitem__, range(batches.epoch_steps)), loss)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part_file = file.with_suffix(".tmp.npz")
+    np.savez(part_file, **dataclasses.asdict(importance))
+    part_file.replace(file)
+    return importance
+
+
+def _finish(
+    config: FitConfig, model: Model, side: Side, for_gate: Encoded | None, validation: Encoded
+) -> tuple[Plugin, dict[str, float]]:
+    """Train and set the gate; the plugin, and what it does on the validation split."""
+    setting = Setting.parse(config.setting)
+    held = score_tokens(model, side, setting, validation)
+    result = {"base_loss": float(held.base_nll.mean()), "side_loss": float(held.side_nll.mean())}
+    plugin = Plugin(
+        side=side,
+        setting=setting,
+        base=base_fingerprint(model.config, model.base),
+        tokenizer=tokenizer_fingerprint(model.source),
+        threshold=ALWAYS,
+        model=model.name,
+        user=config.user,
+    )
+    if setting.gated:
+        scores = score_tokens(model, side, setting, for_gate or validation)
+        side = side.replace(gate=fit_gate(scores, config.gate, jax.random.key(config.seed)))
+        p = held.probability(side.gate)
+        threshold = choose_threshold(p, config.gate.usage)
+        curve = calibration_curve(p, held.base_nll, held.side_nll)
+        plugin = plugin.replace(side=side, threshold=threshold, usage=config.gate.usage, calibration=curve)
+        result |= gated_result(held, p, threshold)
+    return plugin, result
+
+
+def gated_result(held: TokenScores, p: np.ndarray, threshold: float) -> dict[str, float]:
+    """Teacher-forced: loss and accuracy when the gate decides, its usage, and the diff and pick rates."""
+    sigma = p >= threshold
+    return {
+        "gated_loss": float(np.where(sigma, held.side_nll, held.base_nll).mean()),
+        "gated_accuracy": float(np.where(sigma, held.correct_side, held.correct_base).mean()),
+        "usage": float(sigma.mean()),
+        "diff": float(held.differs.mean()),
+        "pick": float(sigma[held.differs].mean()) if held.differs.any() else 0.0,
+    }
+
+
+def fit_users(config: FitConfig, out: str | Path, *, console: Console | None = None) -> dict[str, Fitted] | None:
+    """One plugin for each user of the task, over one base, each in a folder of its own under ``out``.
+
+    Returns None when a signal ended it early; the same call goes on.
+
+    Raises:
+        ConfigError: the task has no users.
+    """
+    console, model = console or Console(), config.load_model()
+    data = config.load_data(config.get_task(), model)
+    users = sorted({*(data["train"].users or ())} & {*(data["validation"].users or ())})
+    if not users:
+        raise ConfigError(f"{config.task} has no users with training and validation examples: leave --per-user out.")
+    fitted = {}
+    for user in users:
+        console.print(f"[bold]{user}")
+        found = fit(dataclasses.replace(config, user=user), Path(out) / folder_of(user), model=model, console=console)
+        if found is None:
+            return None
+        fitted[user] = found
+    return fitted
+
+
+def folder_of(user: str) -> str:
+    """A folder's name for a user: letters and digits as they are, the rest, and capitals, as their code points."""
+    return "".join(c if c.isascii() and (c.islower() or c.isdigit()) else f"_{ord(c):x}_" for c in user)
