@@ -9,3 +9,19 @@ class PluginError(MLFSError, ValueError):
 
 class TapCacheError(MLFSError):
     """A cache of ladder activations that cannot be used: it would grow over its bound, or is of something else."""
+
+
+class WireError(MLFSError, ValueError):
+    """A frame that cannot be sent or read; ``code`` is what an error frame about it says."""
+
+    def __init__(self, message: str, code: str = "bad-frame"):
+        super().__init__(message)
+        self.code = code
+
+
+class NetworkError(MLFSError):
+    """Cloud and device cannot work together: no server, a refused token, another model; ``code`` as on the wire."""
+
+    def __init__(self, message: str, code: str = "lost"):
+        super().__init__(message)
+        self.code = code

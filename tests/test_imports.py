@@ -23,7 +23,7 @@ FLOORS = [
     {"cli"},
 ]
 SPA_FLOORS = [
-    {"errors", "seam"},
+    {"errors", "seam", "fields", "wire"},
     {"side", "gate"},
     {"start", "model"},
     {"decode", "plugin", "ladders", "score", "loop"},
@@ -33,7 +33,7 @@ SPA_FLOORS = [
     {"cli"},
 ]
 # What a device runs: of spa_jax only these, and of mlfs_jax what has no weights of the base.
-DEVICE, FOR_DEVICE = {"errors", "seam", "side"}, {"errors", "config", "backbone"}
+DEVICE, FOR_DEVICE = {"errors", "seam", "side", "fields", "wire"}, {"errors", "config", "backbone"}
 
 PACKAGES = {"mlfs_jax": FLOORS, "spa_jax": SPA_FLOORS}
 FLOOR = {p: {name: h for h, names in enumerate(floors) for name in names} for p, floors in PACKAGES.items()}
