@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 
 from mlfs_jax.backbone.tree import STACKED, flatten
 from mlfs_jax.config import DecoderConfig, Rope
-from mlfs_jax.errors import CheckpointError, ConfigError
+from mlfs_jax.errors import CheckpointError, ConfigError, RunError
 from mlfs_jax.hf.configs import to_hf
 from mlfs_jax.hf.gguf_file import GGUFFile, open_gguf
 from mlfs_jax.hf.gguf_tokenizer import tokenizer_files
@@ -300,6 +300,7 @@ def prepare_folder(path: str | Path | GGUFFile, *, cache: str | Path | None = No
 
     Raises:
         CheckpointError: the file cannot be read, or its tokenizer is missing or not of a kind that is read here.
+        RunError: the folder cannot be written.
     """
     file = path if isinstance(path, GGUFFile) else open_gguf(path)
     target_file = file.path.resolve()
@@ -309,13 +310,23 @@ def prepare_folder(path: str | Path | GGUFFile, *, cache: str | Path | None = No
     if folder.is_dir():
         return folder
     files = {"config.json": to_hf(config_of(file)), **tokenizer_files(file.metadata, file.path)}
-    root.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=".tmp-", dir=root))
+    try:
+        _make_folder(folder, files, target_file)
+    except OSError as error:
+        raise RunError(
+            f"{folder} could not be made ({error}): make room, or set MLFS_CACHE to another folder."
+        ) from error
+    return folder
+
+
+def _make_folder(folder: Path, files: dict[str, dict], link: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder.parent))
     try:
         fresh.chmod(0o755)
         for name, content in files.items():
             (fresh / name).write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        (fresh / "model.gguf").symlink_to(target_file)
+        (fresh / "model.gguf").symlink_to(link)
         try:
             fresh.rename(folder)
         except OSError:
@@ -323,7 +334,6 @@ def prepare_folder(path: str | Path | GGUFFile, *, cache: str | Path | None = No
                 raise
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-    return folder
 
 
 def _some(items) -> str:

@@ -230,5 +230,8 @@ def test_there_and_back_through_a_folder(tokenizer, tmp_path, monkeypatch):
     config = json.loads((folder / "config.json").read_text())
     assert (config["model_type"], config["eos_token_id"]) == ("llama", [2, 0])
     assert not list(folder.parent.glob(".tmp-*"))
+    (tmp_path / "full").write_text("no folder")
+    with pytest.raises(RunError, match=r"could not be made.*MLFS_CACHE"):
+        prepare_folder(folder / "model.gguf", cache=tmp_path / "full")
     again = export_gguf(found[0], tmp_path / "again.gguf", "f32", name="model")
     assert open_gguf(again.path).header == open_gguf(tmp_path / "out" / "m.gguf").header
