@@ -19,12 +19,12 @@ FLOORS = [
     {"sharding", "hf", "lora", "subnet"},
     {"slicing", "importance", "distill", "generate", "vocab"},
     {"supernet", "stages", "evaluate", "train"},
-    {"timing", "palette", "export", "verify", "info"},
+    {"timing", "palette", "export", "verify", "info", "load"},
     {"cli"},
 ]
 SPA_FLOORS = [
     {"errors", "seam", "fields", "wire"},
-    {"side", "gate"},
+    {"side", "gate", "network"},
     {"start", "model"},
     {"decode", "plugin", "ladders", "score", "loop"},
     {"gate_fit"},
