@@ -1,4 +1,4 @@
-"""The command line: ``mlfs fetch | fit | palette | export | verify | info``.
+"""The command line: ``mlfs fetch | fit | palette | export | verify | generate | info``.
 
 Each command is a function whose signature tyro turns into flags. Commands import what they need when they run, so that
 ``mlfs --help`` answers at once; for the same reason this module does without postponed annotations.
@@ -30,6 +30,7 @@ Turn one pretrained encoder into a palette of smaller ones.
   palette  measure its subnets: parameters, FLOPs, latency, score; table, plot
   export   write a subnet as a Hugging Face checkpoint, or the adapter for peft
   verify   hold an exported folder against its run: masked == sliced == exported
+  generate continue a text with a model, a run, or one of its subnets
   info     what a model, a run or an exported folder is
 
 examples:
@@ -40,6 +41,7 @@ examples:
   mlfs export runs/demo --subnet quarter --to exported/quarter
   mlfs export runs/demo --subnet heads=6,mlp=768,depth=3 --to exported/mine
   mlfs verify exported/quarter --against runs/demo
+  mlfs generate --model smollm2-135m --prompt "The capital of France is"
   mlfs info runs/demo --json
 """
 
@@ -93,6 +95,9 @@ def _run(command: str, args: list[str]) -> int:
     function = COMMANDS[command]
     if command == "fit":
         function = _fit_from(_preset(args))
+    elif command == "generate":
+        function = _generate_with()
+        args = ["--beams" + arg[6:] if arg.partition("=")[0] == "--beam" else arg for arg in args]  # both are said
     config = () if command == "fit" else (tyro.conf.FlagCreatePairsOff,)
     # loading says what it newly initialised: news to the one who fits, noise afterwards
     with _log_to_stderr(logging.WARNING if command == "fit" else logging.ERROR):
@@ -181,6 +186,7 @@ def _fit_from(chosen: str):
         *,
         out: RunFolder,
         preset: Literal["full", "demo"] = chosen,
+        mesh: str | None = None,
     ) -> int:
         """Train a palette: stage 0 the maxnet, stage 1 widths, stage 2 widths and depths.
 
@@ -189,10 +195,13 @@ def _fit_from(chosen: str):
         Args:
             out: folder of the run; new, empty, or holding the same run.
             preset: defaults for the options above: full, or demo (minutes on two cores).
+            mesh: several devices, e.g. data=2,fsdp=4,tensor=1: copies, split weights, split layers. A run may go on
+                with another one.
         """
+        from mlfs_jax.sharding import make_mesh
         from mlfs_jax.train import fit as train
 
-        return 0 if train(config, out) is not None else 130
+        return 0 if train(config, out, mesh=None if mesh is None else make_mesh(mesh)) is not None else 130
 
     return fit
 
@@ -304,6 +313,44 @@ def verify(directory: Folder, /, *, against: RunFolder, json: Flag = False) -> i
     return 0 if all_ok(checks) else 1
 
 
+def _generate_with():
+    from mlfs_jax.generate import GREEDY, GenerateConfig, generate_text, stream_text
+
+    def generate(
+        config: Annotated[GenerateConfig, tyro.conf.arg(name="")] = GREEDY,
+        *,
+        model: str,
+        prompt: str,
+        subnet: str | None = None,
+        chat: Flag = False,
+        seed: int = 0,
+    ) -> None:
+        """Continue a text.
+
+        Args:
+            model: a name of the catalogue, a model folder, a GGUF file, a hub id, or the folder of a finished run.
+            prompt: the text.
+            subnet: a name such as half, or sizes such as heads=6,mlp=768,depth=20; the default is the whole model.
+            chat: the prompt is what a user says: put it into the model's chat template.
+            seed: of random sampling.
+        """
+        from rich.console import Console
+
+        from mlfs_jax.load import load_subnet
+
+        network, console = load_subnet(model, subnet), Console()
+        if config.beams > 1:
+            pieces = generate_text(network, [prompt], config, chat=chat)
+        else:
+            pieces = stream_text(network, prompt, config, key=seed, chat=chat)
+        for piece in pieces:
+            console.out(piece, end="", highlight=False)
+            sys.stdout.flush()
+        console.out("")
+
+    return generate
+
+
 def info(thing: Annotated[str, tyro.conf.arg(metavar="THING")], /, *, json: Flag = False) -> None:
     """What a model, a run or an exported folder is: shapes, parameters per part, adapters per stage, licence.
 
@@ -320,7 +367,8 @@ def info(thing: Annotated[str, tyro.conf.arg(metavar="THING")], /, *, json: Flag
         print("\n".join(lines(described)))
 
 
-COMMANDS = {"fetch": fetch, "fit": None, "palette": palette, "export": export, "verify": verify, "info": info}
+COMMANDS = {"fetch": fetch, "fit": None, "palette": palette, "export": export, "verify": verify}
+COMMANDS |= {"generate": None, "info": info}
 
 
 def _print_json(value: Any) -> None:

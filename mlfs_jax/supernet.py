@@ -59,6 +59,7 @@ class Supernet:
             compile for each distinct width, and saves the time.
         unroll: unroll the scan over layers: longer to compile, faster on a CPU (a scan copies what it keeps for the
             backward pass).
+        places: where the state lies on a mesh, as shardings (:mod:`mlfs_jax.sharding`); it stays there.
     """
 
     config: Config
@@ -66,6 +67,7 @@ class Supernet:
     optimizer: optax.GradientTransformation
     execution: str = "sliced"
     unroll: bool = False
+    places: TrainState | None = None
 
     def __post_init__(self):
         if self.config.head not in ("sequence", "lm"):
@@ -153,14 +155,14 @@ class Supernet:
             grads, losses = jax.lax.scan(subnet, grads, (masks, weights[1:]))
             return self._update(state, grads), jnp.concatenate([loss[None], losses])
 
-        return jax.jit(step, donate_argnames="state")
+        return jax.jit(step, donate_argnames="state", out_shardings=(self.places, None))
 
     @cached_property
     def _compiled(self):
         return (
             jax.jit(self._maxnet_grads),
             jax.jit(self._add_subnet_grads, static_argnames="widths", donate_argnames="total"),
-            jax.jit(self._update, donate_argnames="state"),
+            jax.jit(self._update, donate_argnames="state", out_shardings=self.places),
         )
 
     def step(

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -30,10 +32,11 @@ from mlfs_jax.errors import ConfigError
 from mlfs_jax.evaluate import evaluate
 from mlfs_jax.hf.load import from_pretrained
 from mlfs_jax.importance import Order, block_influence, importance_order, measure_importance, reorder, reorder_lora
-from mlfs_jax.lora import Lora, init_lora, load_lora, merge_lora, save_lora, stack_stages
+from mlfs_jax.lora import Lora, init_lora, load_lora, lora_axes, merge_lora, save_lora, stack_stages
 from mlfs_jax.model import Model, forward
 from mlfs_jax.registry import ENTRIES
 from mlfs_jax.run import Preemption, Run, preemption
+from mlfs_jax.sharding import replicated, shard_base, shard_batch, sharding_of, state_shardings
 from mlfs_jax.slicing import slice_subnet
 from mlfs_jax.stages import Stage, paper_stages
 from mlfs_jax.subnet import SubnetSpace
@@ -137,11 +140,13 @@ class FitConfig:
     def get_task(self) -> Task:
         return get_task(self.task, problem=self.problem, metric=self.metric)
 
-    def load_model(self, task: Task) -> Model:
+    def load_model(self, task: Task, mesh: Mesh | None = None) -> Model:
         """The pretrained model with a head for the task; new weights come from the seed."""
+        place = None if mesh is None else partial(sharding_of, mesh)
         if task.is_language:
-            return from_pretrained(self.model, head="lm")
-        return from_pretrained(self.model, head="sequence", labels=task.num_labels, problem=task.problem, key=self.seed)
+            return from_pretrained(self.model, head="lm", sharding=place)
+        head = {"head": "sequence", "labels": task.num_labels, "problem": task.problem}
+        return from_pretrained(self.model, **head, key=self.seed, sharding=place)
 
     def load_data(self, task: Task, model: Model) -> dict[str, Encoded]:
         """The task, encoded by the tokenizer in the model's folder."""
@@ -225,8 +230,13 @@ def _adapter_file(run: Run, stage: Stage) -> Path:
     return run.path / "adapters" / f"{stage.name}.safetensors"
 
 
-def fit(config: FitConfig, out: str | Path, *, console: Console | None = None) -> Fitted | None:
+def fit(
+    config: FitConfig, out: str | Path, *, mesh: Mesh | None = None, console: Console | None = None
+) -> Fitted | None:
     """Train the three stages into the folder ``out``; continue there if it holds the same run, unfinished.
+
+    Args:
+        mesh: devices to spread over, see :func:`mlfs_jax.make_mesh`; a run may go on with another one.
 
     Returns None when a SIGTERM or Ctrl-C ended it early (everything is saved; the same call goes on).
 
@@ -237,7 +247,7 @@ def fit(config: FitConfig, out: str | Path, *, console: Console | None = None) -
     console = console or Console()
     config = dataclasses.replace(config, model=_from_anywhere(config.model), task=_from_anywhere(config.task))
     task = config.get_task()
-    model = config.load_model(task)
+    model = config.load_model(task, mesh)
     data = config.load_data(task, model)
     config.space(model.config)  # what is wrong is said before the folder is made
     Batches(data["train"], config.batch_size, seed=config.seed, buckets=config.buckets)
@@ -251,7 +261,7 @@ def fit(config: FitConfig, out: str | Path, *, console: Console | None = None) -
         for number, stage in enumerate(config.stages):
             if number < len(fitted.stages):
                 continue
-            lora = _train_stage(fitted, number, data["train"], run, stop, console)
+            lora = _train_stage(fitted, number, data["train"], run, stop, mesh, console)
             if lora is None:
                 console.print(f"stopped by {stop.signal}; the same command continues this run.")
                 return None
@@ -270,7 +280,7 @@ def fit(config: FitConfig, out: str | Path, *, console: Console | None = None) -
 
 
 def _train_stage(
-    fitted: Fitted, number: int, train: Encoded, run: Run, stop: Preemption, console: Console
+    fitted: Fitted, number: int, train: Encoded, run: Run, stop: Preemption, mesh: Mesh | None, console: Console
 ) -> Lora | None:
     """Train one stage; None when it was asked to stop."""
     config, stage, space = fitted.config, fitted.config.stages[number], fitted.space
@@ -280,14 +290,20 @@ def _train_stage(
     unroll = config.unroll
     if unroll is None:
         unroll = jax.default_backend() == "cpu" and model.config.layers <= 12
-    supernet = Supernet(model.config, config.distill, stage.optimizer(), config.execution, unroll)
 
     full = () if fitted.task.is_language else ("head",)  # a language model's head is pretrained, and frozen
     params = {"lora": init_lora(jax.random.fold_in(root, 0), model, rank=stage.rank, full=full)}
     if stage.sample != "maxnet" and config.distill.beta:
         params["features"] = init_projection(jax.random.fold_in(root, 1), model.config.embed, config.distill)
     # placed before the first step, as a restored state is: else the step compiles twice
-    state: TrainState = jax.device_put(supernet.init(params), jax.devices()[0])
+    optimizer, base, places, place_batch = stage.optimizer(), model.base, None, lambda batch: batch
+    if mesh is not None:
+        axes = {"lora": lora_axes(base, params["lora"]), "features": ("embed", "features")}
+        trained, moments = state_shardings(mesh, optimizer, params, {name: axes[name] for name in params})
+        places = TrainState(trained, moments, replicated(mesh))
+        base, place_batch = shard_base(mesh, base), partial(shard_batch, mesh)
+    supernet = Supernet(model.config, config.distill, optimizer, config.execution, unroll, places)
+    state: TrainState = jax.device_put(supernet.init(params), places or jax.devices()[0])
 
     batches = Batches(train, config.batch_size, seed=config.seed + 1000 * number, buckets=config.buckets)
     with Checkpoints(run.checkpoints) as checkpoints, _progress(console) as progress:
@@ -305,7 +321,7 @@ def _train_stage(
 
         for step in range(int(state.step), stage.steps):
             subnets = stage.subnets(space, jax.random.fold_in(root, 2 + step))
-            state, losses = supernet.step(state, model.base, batches[step], subnets, config.gamma)
+            state, losses = supernet.step(state, base, place_batch(batches[step]), subnets, config.gamma)
             pending.append((first + step + 1, losses))
             if (step + 1) % LOG_EVERY == 0:
                 shown = f"loss maxnet {losses[0]:.3f}" + (f", minnet {losses[1]:.3f}" if subnets else "")

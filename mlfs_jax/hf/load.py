@@ -29,8 +29,9 @@ log = logging.getLogger("mlfs_jax")
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
-Placement = jax.sharding.Sharding | Callable[[str, tuple[str, ...]], jax.sharding.Sharding]
-"""One sharding for every weight, or a function of its dotted name and the names of its axes."""
+Placement = jax.sharding.Sharding | Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding]
+"""One sharding for every weight, or a function of the names of its axes and its shape
+(``partial(sharding_of, mesh)``, see :mod:`mlfs_jax.sharding`)."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def load_checkpoint(
         if labels is not None or problem is not None:
             raise ConfigError(f"labels = {labels}, problem = {problem!r}: {gguf} is a language model and has neither.")
         file = open_gguf(gguf)
-        place = lambda value, name, axes: _place(value, name, axes, sharding)  # noqa: E731
+        place = lambda value, name, axes: _place(value, axes, sharding)  # noqa: E731
         source = prepare_folder(file)
         model = read_gguf(file, head=head or "lm", dtype=dtype, place=place, source=source)
         return model, LoadReport(source, (gguf.name,), (), ())
@@ -168,7 +169,7 @@ def load_checkpoint(
                     )
             used.update(family.canonical(tensor.key) for tensor in found)
             for name, value in slot.to_ours(tensor.read(dtype) for tensor in found).items():
-                weights[name] = _place(value, name, specs[name].axes, sharding)
+                weights[name] = _place(value, specs[name].axes, sharding)
         if missing:
             raise CheckpointError(
                 f"{directory} lacks {_some(missing)} ({len(missing)} in all); looked in {', '.join(files)}."
@@ -179,7 +180,7 @@ def load_checkpoint(
         root = jax.random.key(key) if isinstance(key, int) else key
         new = init_weights(config, root, tuple(initialised))
         for name, value in new.items():
-            weights[name] = _place(np.asarray(value, dtype), name, specs[name].axes, sharding)
+            weights[name] = _place(np.asarray(value, dtype), specs[name].axes, sharding)
     report = LoadReport(directory, tuple(files), tuple(initialised), tuple(dropped))
     return build(config, weights, name=directory.name, source=directory), report
 
@@ -288,11 +289,11 @@ def _account(tensors, used, family, weights, head, directory) -> list[str]:
     return dropped
 
 
-def _place(value: np.ndarray, name: str, axes: tuple[str, ...], sharding: Placement | None) -> Array:
+def _place(value: np.ndarray, axes: tuple[str, ...], sharding: Placement | None) -> Array:
     if sharding is None:
         return jnp.asarray(value)
     if not isinstance(sharding, jax.sharding.Sharding):
-        sharding = sharding(name, axes)
+        sharding = sharding(axes, value.shape)
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 

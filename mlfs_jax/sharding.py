@@ -1,0 +1,129 @@
+"""Which axis of the mesh splits which named axis of the arrays: one table for every tree there is.
+
+A mesh has up to three axes: ``data`` (each group of devices sees other examples and holds all weights), ``fsdp`` (other
+examples, and the weights are split: ZeRO-3) and ``tensor`` (the same examples, heads and neurons are split: Megatron,
+arXiv 1909.08053). The names of the arrays' axes do the rest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mlfs_jax.backbone.tree import flatten, map_named
+from mlfs_jax.errors import ConfigError, unknown
+
+AXES = ("data", "fsdp", "tensor")
+
+RULES: dict[str, str | tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "embed": "fsdp",
+    "embedding": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+}
+"""Name of an array's axis -> axis of the mesh. What is not here is not split: layers, head_dim, rank, positions."""
+
+
+def make_mesh(spec: str, devices: list | None = None) -> Mesh:
+    """A mesh from ``"data=2,fsdp=4,tensor=1"``; what is left out is 1.
+
+    Raises:
+        ConfigError: no such axis, no whole number, or another number of devices than there are.
+    """
+    sizes = dict.fromkeys(AXES, 1)
+    for part in spec.split(","):
+        name, _, size = part.partition("=")
+        if name not in AXES:
+            raise unknown("mesh axis", name, AXES)
+        if not size.isdigit() or int(size) < 1:
+            raise ConfigError(f"mesh {spec!r}: {name} = {size!r}; expected a whole number of at least 1.")
+        sizes[name] = int(size)
+    devices = jax.devices() if devices is None else devices
+    if math.prod(sizes.values()) != len(devices):
+        raise ConfigError(
+            f"mesh {spec!r} has {math.prod(sizes.values())} places for {len(devices)} devices: their product must be "
+            "the number of devices."
+        )
+    kinds = (jax.sharding.AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=kinds, devices=devices)
+
+
+def spec_of(mesh: Mesh, axes: tuple[str, ...], shape: tuple[int, ...]) -> PartitionSpec:
+    """How an array with these named axes is split.
+
+    An axis that the mesh's does not divide stays whole (three key-value heads on two devices); of two that would go to
+    one axis of the mesh, the first is split.
+    """
+    used: set[str] = set()
+    entries: list[tuple[str, ...] | None] = []
+    for axis, size in zip(axes, shape, strict=True):
+        rule = RULES.get(axis, ())
+        names = tuple(n for n in ((rule,) if isinstance(rule, str) else rule) if mesh.shape[n] > 1 and n not in used)
+        fits = bool(names) and size % math.prod(mesh.shape[n] for n in names) == 0
+        used |= set(names) if fits else set()
+        entries.append(names if fits else None)
+    return PartitionSpec(*entries)
+
+
+def sharding_of(mesh: Mesh, axes: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
+    return NamedSharding(mesh, spec_of(mesh, axes, shape))
+
+
+def base_shardings(mesh: Mesh, base: nnx.State) -> nnx.State:
+    """The sharding of every weight, in a tree of the base's structure (an abstract base will do)."""
+    return map_named(lambda name, leaf: sharding_of(mesh, leaf.axes, leaf.shape), base)
+
+
+def shard_base(mesh: Mesh, base: nnx.State) -> nnx.State:
+    """The base with every weight in its place."""
+    places = {name: leaf.get_value() for name, leaf in flatten(base_shardings(mesh, base)).items()}
+    return map_named(lambda name, leaf: jax.device_put(leaf[...], places[name]), base)
+
+
+def state_shardings(mesh: Mesh, optimizer: optax.GradientTransformation, params: Any, axes: Any) -> tuple[Any, Any]:
+    """Where the trained tree and its optimizer's state go: moments beside their parameters, counters everywhere.
+
+    Args:
+        params: the trained tree, or its shapes.
+        axes: names of its leaves' axes, in a tree of the same structure.
+    """
+    names = jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple))
+    leaves, structure = jax.tree.flatten(params)
+    places = structure.unflatten([sharding_of(mesh, a, x.shape) for a, x in zip(names, leaves, strict=True)])
+    moments = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda _, place: place,
+        jax.eval_shape(optimizer.init, params),
+        places,
+        transform_non_params=lambda _: replicated(mesh),
+    )
+    return places, moments
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """On every device, whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def shard_batch(mesh: Mesh, batch: Mapping) -> dict:
+    """A batch with its rows spread over ``data`` and ``fsdp``.
+
+    Raises:
+        ConfigError: the rows do not divide among the devices.
+    """
+    rows, places = len(next(iter(batch.values()))), mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % places:
+        raise ConfigError(f"batch_size = {rows} on a mesh of {places} (data times fsdp): expected a multiple of it.")
+    return {
+        name: jax.device_put(x, sharding_of(mesh, ("batch", *[""] * (x.ndim - 1)), x.shape))
+        for name, x in batch.items()
+    }

@@ -1,0 +1,89 @@
+"""What test_sharding.py runs in a process of its own, which has 8 virtual CPU devices; prints JSON."""
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import optax  # noqa: E402
+
+import mlfs_jax as mlfs  # noqa: E402
+from mlfs_jax.backbone.tree import map_named  # noqa: E402
+from mlfs_jax.distill import DistillConfig, init_projection  # noqa: E402
+from mlfs_jax.lora import lora_axes  # noqa: E402
+from mlfs_jax.model import abstract  # noqa: E402
+from mlfs_jax.sharding import replicated, sharding_of, state_shardings  # noqa: E402
+from mlfs_jax.supernet import Supernet, TrainState  # noqa: E402
+from tests.mlfs.tiny import random_lora, tiny_decoder, tiny_tokens  # noqa: E402
+
+STEPS = 3
+ROPE = mlfs.Rope(10000.0, 8)
+MODEL = tiny_decoder("llama", rope=ROPE, embed=32, heads=4, kv_heads=2, head_dim=8, mlp=32, vocab_size=64, layers=2)
+BATCH = tiny_tokens(MODEL.config, batch=8, length=8)
+SUBNETS = (mlfs.Subnet(32, (2,), (16,), (1,)),)
+DISTILL = DistillConfig(feature_dim=8)
+
+
+def losses(spec: str | None, execution: str) -> tuple[list, int, int]:
+    """Losses of a few steps, how often the maxnet's gradient compiled, and the bytes of the base on one device."""
+    optimizer, base, batch, places = optax.adam(1e-2), MODEL.base, BATCH, None
+    params = {"lora": random_lora(MODEL)}
+    params["features"] = init_projection(jax.random.key(3), MODEL.config.embed, DISTILL)
+    if spec is not None:
+        mesh = mlfs.make_mesh(spec)
+        axes = {"lora": lora_axes(base, params["lora"]), "features": ("embed", "features")}
+        trained, moments = state_shardings(mesh, optimizer, params, axes)
+        places = TrainState(trained, moments, replicated(mesh))
+        base, batch = mlfs.shard_base(mesh, base), mlfs.shard_batch(mesh, batch)
+    supernet = Supernet(MODEL.config, DISTILL, optimizer, execution, places=places)
+    state, found = jax.device_put(supernet.init(params), places or jax.devices()[0]), []
+    for _ in range(STEPS):
+        state, step = supernet.step(state, base, batch, SUBNETS, 0.0)
+        found.append(np.asarray(step).tolist())
+    compiled = supernet.masked_step if execution == "masked" else supernet._compiled[0]
+    return found, compiled._cache_size(), bytes_here(base)
+
+
+def bytes_here(base) -> int:
+    """What the first device holds of a base."""
+    here = jax.devices()[0]
+    shards = (s for leaf in jax.tree.leaves(base) for s in leaf.addressable_shards if s.device == here)
+    return sum(s.data.nbytes for s in shards)
+
+
+def forward_flops(spec: str | None) -> float:
+    """FLOPs of one device, at sizes where matrix products are most of them; nothing is allocated."""
+    config = MODEL.config.replace(embed=256, heads=8, kv_heads=8, head_dim=32, rope=mlfs.Rope(10000.0, 32), mlp=1024)
+    graphdef, base = abstract(config)
+    batch = {name: jax.ShapeDtypeStruct((8, 64), jnp.int32) for name in ("input_ids", "attention_mask")}
+    if spec is not None:
+        mesh = mlfs.make_mesh(spec)
+        place = lambda axes, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding_of(mesh, axes, x.shape))  # noqa: E731
+        base = map_named(lambda name, leaf: place(leaf.axes, leaf), base)
+        batch = {name: place(("batch", ""), x) for name, x in batch.items()}
+    return mlfs.forward.lower(graphdef, base, batch, unroll=True).compile().cost_analysis()["flops"]
+
+
+def loaded(folder: str) -> dict:
+    """Bytes of the loaded weights on the first device, and whether an export of them is the checkpoint again."""
+    mlfs.export_hf(MODEL, f"{folder}/a")
+    model = mlfs.from_pretrained(f"{folder}/a", sharding=partial(sharding_of, mlfs.make_mesh("fsdp=8")))
+    mlfs.export_hf(model, f"{folder}/b")
+    files = [Path(folder, x, "model.safetensors").read_bytes() for x in "ab"]
+    return {"nbytes": bytes_here(model.base), "same": files[0] == files[1]}
+
+
+if __name__ == "__main__":
+    runs = {"one": (None, "sliced"), "fsdp": ("data=2,fsdp=4", "sliced"), "tensor": ("fsdp=4,tensor=2", "masked")}
+    names = ("losses", "compiles", "nbytes")
+    report = {name: dict(zip(names, losses(*run), strict=True)) for name, run in runs.items()}
+    report["flops"] = {str(spec): forward_flops(spec) for spec in (None, "data=8", "fsdp=8")}
+    report["loaded"] = loaded(sys.argv[1])
+    report["whole"] = sum(x.nbytes for x in jax.tree.leaves(MODEL.base))
+    print(json.dumps(report))
