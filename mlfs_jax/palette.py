@@ -20,7 +20,7 @@ from rich.table import Table
 from mlfs_jax.data.encode import Encoded
 from mlfs_jax.errors import ConfigError, RunError, unknown
 from mlfs_jax.evaluate import evaluate, evaluate_completions
-from mlfs_jax.hf.reshape import nearest_shape
+from mlfs_jax.hf.reshape import nearest_fit
 from mlfs_jax.run import write_json
 from mlfs_jax.slicing import slice_subnet
 from mlfs_jax.subnet import Subnet, num_params
@@ -320,9 +320,7 @@ def measure(
 
 
 def _exported(config: EncoderConfig) -> int:
-    shape = nearest_shape(config)
-    padded = config.replace(embed=shape.embed, heads=shape.heads, head_dim=shape.head_dim)
-    return num_params(padded, embeddings=True)
+    return num_params(nearest_fit(config).config, embeddings=True)
 
 
 def _commonest(examples: Encoded) -> float:

@@ -14,13 +14,13 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from mlfs_jax.backbone.tree import flatten
-from mlfs_jax.config import Config, DecoderConfig
+from mlfs_jax.config import Config
 from mlfs_jax.errors import CheckpointError, RunError
 from mlfs_jax.hf.card import model_card
 from mlfs_jax.hf.configs import to_hf
 from mlfs_jax.hf.families import FAMILIES
 from mlfs_jax.hf.load import INDEX, SINGLE
-from mlfs_jax.hf.reshape import Shape, nearest_shape, reshape_weights
+from mlfs_jax.hf.reshape import fit_weights, nearest_fit, why
 from mlfs_jax.model import Model, abstract
 
 REPORT = "mlfs_export.json"
@@ -36,6 +36,8 @@ TOKENIZER_FILES = (
     "merges.txt",
     "sentencepiece.bpe.model",
     "spiece.model",
+    "tokenizer.model",
+    "chat_template.jinja",
 )
 
 
@@ -98,8 +100,8 @@ def export_hf(
     directory = Path(directory).expanduser()
     _check_free(directory)
     tokenizer = _tokenizer_files(tokenizer_from, model.source)
-    shape = nearest_shape(model.config)
-    config, weights = reshape_weights(model, shape)
+    fit = nearest_fit(model.config)
+    config, weights = fit.config, fit_weights(model, fit)
     hf = to_hf(config, label_names=label_names)
     hf["dtype"] = str(weights["embed.tokens.table"].dtype)
 
@@ -118,10 +120,10 @@ def export_hf(
             files=tuple(files),
             sliced=_changes(sliced_from, model.config),
             padded=_changes(model.config, config),
-            why=_why(model.config, shape),
+            why=why(model.config, fit),
             params_before=model.num_params,
             params_after=sum(weight.size for weight in weights.values()),
-            copies=shape.copies,
+            copies=fit.copies,
         )
         (fresh / "README.md").write_text(model_card(model, config, report, card), encoding="utf-8")
         (fresh / REPORT).write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
@@ -193,30 +195,6 @@ def _replace(fresh: Path, directory: Path) -> None:
 def _changes(before: Config | None, after: Config) -> dict[str, tuple[int, int]]:
     if before is None:
         return {}
-    pairs = {f: (getattr(before, f), getattr(after, f)) for f in ("embed", "layers", "heads", "head_dim", "mlp")}
+    sizes = ("embed", "layers", "heads", "kv_heads", "head_dim", "mlp")
+    pairs = {f: (getattr(before, f), getattr(after, f)) for f in sizes if hasattr(after, f)}
     return {f: (a, b) for f, (a, b) in pairs.items() if a != b}
-
-
-def _why(config: Config, shape: Shape) -> tuple[str, ...]:
-    d, n, h = config.embed, config.heads, config.head_dim
-    why = []
-    if isinstance(config, DecoderConfig):
-        return ()
-    if (shape.embed, shape.heads, shape.head_dim) != (d, n, h):
-        why.append(
-            f"{config.family} at Hugging Face has head size = hidden / heads; here {n} heads of size {h} go with "
-            f"{d} channels."
-        )
-    if shape.copies > 1:
-        why.append(
-            f"Each of the {d} channels is repeated {shape.copies} times (norms do not change; readers take the "
-            "first copy)."
-        )
-    if shape.heads != n:
-        why.append(f"{shape.heads - n} heads of zeros are added to the {n}.")
-    if shape.head_dim != h:
-        why.append(
-            f"Heads are padded with zeros from {h} to {shape.head_dim}; "
-            f"queries are scaled by sqrt({shape.head_dim}/{h})."
-        )
-    return tuple(why)

@@ -151,11 +151,16 @@ class DecoderFamily(Family):
     Attributes:
         from_hf: config.json -> our config, with head "lm".
         to_hf: the inverse; what it does not say is found by reading the result back.
+        head_rule: what transformers wants of the hidden size: nothing ("free"), a multiple of the heads ("divides"), or
+            heads x head_dim ("equal").
+        mlp_ratio: the mlp's width over the hidden size, where config.json does not say it (Bloom).
         only: entry of config.json that changes the function -> the only value of it that is built here.
     """
 
     from_hf: Callable[[Mapping], DecoderConfig]
     to_hf: Callable[[DecoderConfig], dict]
+    head_rule: str = "free"
+    mlp_ratio: int | None = None
     only: Mapping[str, object] = field(default_factory=dict)
     heads: Mapping[str, Mapping[str, str]] = field(default_factory=lambda: {"none": {}, "lm": {"head": "lm_head"}})
     tied: Mapping[str, str] = field(default_factory=lambda: {"lm_head.weight": "embed.tokens.table"})

@@ -17,6 +17,12 @@ from mlfs_jax.hf.load import load_checkpoint  # noqa: E402
 from mlfs_jax.hf.table import EncoderFamily  # noqa: E402
 
 TOLERANCE = 1e-4
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
+}
+"""Compiler options for a program that runs once."""
 NAMES = tuple(name for name, family in FAMILIES.items() if isinstance(family, EncoderFamily))
 HEADS = ("sequence", "token", "mlm", "none")
 
@@ -89,13 +95,8 @@ def torch_outputs(model, batch) -> tuple[np.ndarray | None, np.ndarray]:
 
 def run(model, batch, lora=None):
     """``forward``, compiled with little optimisation: every random shape is a program that runs once."""
-    quick = {
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-        "xla_cpu_use_fusion_emitters": False,
-    }
     lowered = forward.lower(model.graphdef, model.base, batch, lora=lora)
-    return lowered.compile(compiler_options=quick)(model.base, batch, lora=lora)
+    return lowered.compile(compiler_options=QUICK)(model.base, batch, lora=lora)
 
 
 def assert_equal_outputs(ours, torch_model, batch) -> None:

@@ -61,5 +61,7 @@ FAMILY = DecoderFamily(
     by_head=(QKV,),
     from_hf=from_hf,
     to_hf=to_hf,
+    head_rule="equal",
+    mlp_ratio=4,
     only={"apply_residual_connection_post_layernorm": False},
 )

@@ -61,4 +61,5 @@ FAMILY = DecoderFamily(
     architectures={"lm": "Gemma2ForCausalLM", "none": "Gemma2Model"},
     from_hf=from_hf,
     to_hf=to_hf,
+    head_rule="divides",
 )

@@ -51,5 +51,6 @@ FAMILY = DecoderFamily(
     architectures={"lm": "Gemma3ForCausalLM", "none": "Gemma3TextModel"},
     from_hf=from_hf,
     to_hf=to_hf,
+    head_rule="divides",
     only={"attn_logit_softcapping": None},
 )

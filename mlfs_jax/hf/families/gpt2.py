@@ -61,5 +61,6 @@ FAMILY = DecoderFamily(
     buffers=("h.*.attn.bias", "h.*.attn.masked_bias"),
     from_hf=from_hf,
     to_hf=to_hf,
+    head_rule="equal",
     only={"scale_attn_by_inverse_layer_idx": False},
 )

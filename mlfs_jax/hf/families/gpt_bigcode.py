@@ -30,4 +30,5 @@ FAMILY = DecoderFamily(
     buffers=gpt2.FAMILY.buffers,
     from_hf=from_hf,
     to_hf=to_hf,
+    head_rule="equal",
 )

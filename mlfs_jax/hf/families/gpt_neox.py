@@ -60,4 +60,5 @@ FAMILY = DecoderFamily(
     buffers=("*.attention.bias", "*.attention.masked_bias", "*.rotary_emb.inv_freq"),
     from_hf=from_hf,
     to_hf=to_hf,
+    head_rule="equal",
 )

@@ -39,4 +39,5 @@ FAMILY = DecoderFamily(
     reads_as={"LlamaForCausalLM": "lm", "LlamaModel": "none"},
     from_hf=from_hf,
     to_hf=to_hf,
+    head_rule="divides",
 )

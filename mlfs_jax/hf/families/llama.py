@@ -57,4 +57,5 @@ FAMILY = DecoderFamily(
     architectures={"lm": "LlamaForCausalLM", "none": "LlamaModel"},
     from_hf=from_hf,
     to_hf=to_hf,
+    head_rule="divides",
 )

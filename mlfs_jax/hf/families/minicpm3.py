@@ -69,4 +69,5 @@ FAMILY = DecoderFamily(
     architectures={"lm": "MiniCPM3ForCausalLM", "none": "MiniCPM3Model"},
     from_hf=from_hf,
     to_hf=to_hf,
+    head_rule="divides",
 )

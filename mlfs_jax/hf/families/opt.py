@@ -75,4 +75,5 @@ FAMILY = DecoderFamily(
     architectures={"lm": "OPTForCausalLM", "none": "OPTModel"},
     from_hf=from_hf,
     to_hf=to_hf,
+    head_rule="equal",
 )

@@ -2,6 +2,7 @@
 Source: transformers ``models/phi/modeling_phi.py``."""
 
 from mlfs_jax.config import DecoderConfig
+from mlfs_jax.errors import ConfigError
 from mlfs_jax.hf.entries import read, read_rope, write, write_rope
 from mlfs_jax.hf.families import llama
 from mlfs_jax.hf.table import DecoderFamily
@@ -48,6 +49,8 @@ def from_hf(hf):
 
 
 def to_hf(config):
+    if config.qk_norm != "none" and config.embed // config.heads != config.head_dim:
+        raise ConfigError("qk_norm = 'head': then Phi at Hugging Face needs head_dim = embed // heads.")
     rope = write_rope(config.rope, head_dim=config.head_dim)
     return write(config, FIELDS) | {"qk_layernorm": config.qk_norm == "head", "rope_parameters": rope}
 

@@ -49,4 +49,5 @@ FAMILY = DecoderFamily(
     architectures={"lm": "StableLmForCausalLM", "none": "StableLmModel"},
     from_hf=from_hf,
     to_hf=to_hf,
+    head_rule="equal",
 )
