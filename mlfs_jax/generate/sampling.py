@@ -80,6 +80,9 @@ class GenerateConfig:
         return Sampling(jnp.float32(self.temperature), jnp.int32(self.top_k), jnp.float32(self.top_p))
 
 
+GREEDY = GenerateConfig()
+
+
 def warp(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
     """The logits that are sampled from: over temperature; then tokens beyond top_k, then beyond top_p, at -inf.
 

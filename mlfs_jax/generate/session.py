@@ -15,13 +15,11 @@ from mlfs_jax.backbone.tree import Mask
 from mlfs_jax.errors import ConfigError, DataError, SessionError
 from mlfs_jax.generate.loop import Rows
 from mlfs_jax.generate.network import Network, decode_beams, decode_rows, decode_token, prefill
-from mlfs_jax.generate.sampling import GenerateConfig
+from mlfs_jax.generate.sampling import GREEDY, GenerateConfig
 from mlfs_jax.model import Model
 from mlfs_jax.subnet import Subnet
 
 Prompts = Sequence[Sequence[int]] | Mapping[str, Array]
-
-GREEDY = GenerateConfig()
 
 SMALLEST = 16
 """Tokens in the smallest length bucket; the others are twice as long, each."""

@@ -96,3 +96,13 @@ def test_a_gguf_holds_the_same_subnet(folder, capsys):
     ids = np.arange(20)[None] % small.config.vocab_size
     run = lambda model: mlfs.forward(model.graphdef, model.base, {"input_ids": ids}).logits  # noqa: E731
     np.testing.assert_allclose(run(back), run(small), atol=1e-5)
+
+
+def test_a_subnet_of_a_run_generates(folder, capsys):
+    """The command, at the subnet's true size == the masked supernet with its adapters."""
+    command = ["generate", "--model", str(folder / "run"), "--subnet", "minnet", "--prompt", "the cat. Last:"]
+    assert main([*command, "--max-new-tokens", "6"]) == 0
+    fitted, config = load_run(folder / "run"), mlfs.GenerateConfig(6)
+    settings = {"lora": fitted.lora, "subnet": fitted.space.minnet}
+    expected = mlfs.generate_text(fitted.model, ["the cat. Last:"], config, **settings)
+    assert capsys.readouterr().out == expected[0] + "\n"

@@ -1,0 +1,120 @@
+"""Generation of text: prompts through the tokenizer, pieces as they come, chat templates, and ``mlfs generate``."""
+
+import json
+
+import pytest
+
+from mlfs_jax.cli import main
+from mlfs_jax.errors import DataError
+from mlfs_jax.generate import GenerateConfig, generate, generate_text, stream_text
+from mlfs_jax.generate.text import _decode
+from mlfs_jax.hf.export import export_hf
+from mlfs_jax.slicing import slice_subnet
+from mlfs_jax.subnet import SubnetSpace
+from tests.mlfs.test_generate import quick_compiles  # noqa: F401
+from tests.mlfs.tiny import tiny_decoder
+
+PROMPT = "w7 w8 w9 w10"
+CHAT = (
+    "{% for m in messages %}{{ '[user] ' + m['content'] }}{% endfor %}{% if add_generation_prompt %} [bot]{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random Llama, and a tokenizer of 53 words that begins every text with [bos]."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    specials = ["[pad]", "[bos]", "[eos]", "[user]", "[bot]"]
+    words = {word: i for i, word in enumerate([*specials, *(f"w{i}" for i in range(5, 53))])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[pad]"))
+    tokenizer.add_special_tokens(specials)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing("[bos] $A", special_tokens=[("[bos]", 1)])
+    start = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save(str(start / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": CHAT, "eos_token": "[eos]"}
+    (start / "tokenizer_config.json").write_text(json.dumps(config))
+    model = tiny_decoder("llama", max_positions=128, bos_token_id=1, eos_token_ids=(2,))
+    export_hf(model, start / "model", tokenizer_from=start)
+    return start / "model"
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    from mlfs_jax.hf.load import from_pretrained
+
+    return from_pretrained(folder)
+
+
+def spelt(tokens) -> str:
+    return " ".join(f"w{token}" for token in tokens if token > 4)
+
+
+def test_text_is_what_the_tokens_say(model):
+    config = GenerateConfig(9, stop_tokens=())
+    expected = generate(model, [[1, 7, 8, 9, 10]], config).tokens[0]
+    assert any(token > 4 for token in expected)
+    assert generate_text(model, [PROMPT], config)[0].strip() == spelt(expected)
+    assert "".join(stream_text(model, PROMPT, config)).strip() == spelt(expected)
+
+
+def test_a_chat_template_makes_the_prompt_where_it_is_asked_for(model, tmp_path):
+    config = GenerateConfig(9, stop_tokens=())
+    expected = generate(model, [[3, 7, 8, 9, 10, 4]], config).tokens[0]
+    assert "".join(stream_text(model, PROMPT, config, chat=True)).strip() == spelt(expected)
+    (tmp_path / "tokenizer.json").write_bytes((model.source / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(DataError, match="no chat template"):
+        generate_text(model.replace(source=tmp_path), [PROMPT], config, chat=True)
+    with pytest.raises(DataError, match="no folder, hence no tokenizer"):
+        generate_text(model.replace(source=None), [PROMPT])
+    with pytest.raises(DataError, match="expected a list"):
+        generate_text(model, PROMPT)
+
+
+def test_a_character_of_several_tokens_comes_whole():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    ids = tokenizer.encode("né 🎉 ok").ids
+    assert list(_decode(tokenizer, ids[:1], ids[1:])) == ["é", " ", "🎉", " ", "o", "k"]
+
+
+def test_the_command(model, folder, capsys):
+    command = ["generate", "--model", str(folder), "--prompt", PROMPT, "--max-new-tokens", "9"]
+    for flags, config, seed in (
+        ([], GenerateConfig(9), 0),
+        (["--beam", "4", "--length-penalty", "0.5"], GenerateConfig(9, beams=4, length_penalty=0.5), 0),
+        (["--temperature", "0.9", "--top-p", "0.8", "--seed", "3"], GenerateConfig(9, 1, 1.0, 0.9, 0, 0.8), 3),
+    ):
+        assert main([*command, *flags]) == 0
+        assert capsys.readouterr().out == generate_text(model, [PROMPT], config, key=seed)[0] + "\n"
+    sizes = "heads=2,mlp=10,depth=2"
+    assert main([*command, "--subnet", sizes]) == 0
+    subnet = SubnetSpace.from_ratios(model.config, width=(1.0, 0.48), depth=(1.0, 0.66)).named(sizes)
+    assert capsys.readouterr().out == generate_text(slice_subnet(model, subnet), [PROMPT], GenerateConfig(9))[0] + "\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--max-new-tokens", "0"], "max_new_tokens = 0"),
+        (["--top-p", "0.9"], "set a temperature"),
+        (["--beam", "2", "--temperature", "1"], "set one of them"),
+        (["--subnet", "haf"], "did you mean 'half'"),
+        (["--prompt", "w9 " * 130], "131 tokens; the context of model is 128"),
+    ],
+)
+def test_the_command_says_what_is_wrong(folder, capsys, flags, says):
+    assert main(["generate", "--model", str(folder), "--prompt", PROMPT, *flags]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and says in err and "Traceback" not in err
+
+
+def test_an_encoder_does_not_generate(tiny_hf, capsys):
+    assert main(["generate", "--model", str(tiny_hf), "--prompt", "good"]) == 2
+    assert "only decoders generate" in capsys.readouterr().err
