@@ -55,7 +55,7 @@ class Options:
 
     model: str = "smollm2-135m"
     llama_python: str = sys.executable
-    texts: int = 100
+    texts: int = 64
     steps: int = 32
     threads: int = 1
 
@@ -67,9 +67,10 @@ def main(options: Options) -> dict:
     texts = [tokenizer.encode(text).ids[:256] for text in leads]
     prompts = [tokenizer.encode(text).ids for text in PROMPTS]
     strings = [tokenizer.encode(text).ids for text in STRINGS]
-    rows = {}
+    endless = mlfs.GenerateConfig(max_new_tokens=options.steps, stop_tokens=())
+    rows, sliced = {}, two_thirds(model)
+    before = {id(source): perplexity(source, texts) for source in (model, sliced)}
     with tempfile.TemporaryDirectory() as tmp:
-        sliced = two_thirds(model)
         for name, source, dtype, values_f16 in (
             ("F16", model, "f16", True),
             ("Q8_0", model, "q8_0", True),
@@ -80,7 +81,7 @@ def main(options: Options) -> dict:
             report = export_gguf(source, file, dtype, values_f16=values_f16)
             answer = ask_llamacpp(options, file, prompts, texts)
             again = read_gguf(file)
-            greedy = [continue_greedily(again, prompt, options.steps) for prompt in prompts]
+            greedy = mlfs.generate(again, prompts, endless).tokens
             theirs = float(np.exp(sum(answer["nll"]) / sum(len(t) - 1 for t in texts)))
             rows[name] = {
                 "megabytes": round(report.nbytes / 1e6, 1),
@@ -91,7 +92,7 @@ def main(options: Options) -> dict:
                 "least_margins": [round(margin, 5) for margin in answer["margins"]],
                 "perplexity_llamacpp": round(theirs, 4),
                 "perplexity_ours": round(perplexity(again, texts), 4),
-                "perplexity_before_export": round(perplexity(source, texts), 4),
+                "perplexity_before_export": round(before[id(source)], 4),
                 "text": tokenizer.decode(answer["greedy"][0]),
             }
     result = {
@@ -151,15 +152,6 @@ def perplexity(model: mlfs.Model, texts: list[list[int]], batch: int = 4) -> flo
     return float(np.exp(total / sum(len(t) - 1 for t in texts)))
 
 
-def continue_greedily(model: mlfs.Model, prompt: list[int], steps: int) -> list[int]:
-    cache, new, found = mlfs.init_cache(model.config, 1, len(prompt) + steps), prompt, []
-    for _ in range(steps):
-        out = mlfs.forward(model.graphdef, model.base, {"input_ids": np.array([new])}, cache=cache)
-        cache, new = out.cache, [int(out.logits[0, -1].argmax())]
-        found += new
-    return found
-
-
 def first_difference(a: list[int], b: list[int]) -> int | None:
     return next((i for i, pair in enumerate(zip(a, b, strict=True)) if pair[0] != pair[1]), None)
 
@@ -180,8 +172,9 @@ def show(result: dict) -> None:
             f"{row['perplexity_before_export']:.4f}",
             f"{apart:+.3%}",
         )
-    Console().print(table)
-    Console().print(f"Perplexity on {result['tokens']} tokens; apart: llama.cpp against the model before export.")
+    console = Console(width=110)
+    console.print(table)
+    console.print(f"Perplexity on {result['tokens']} tokens; apart: llama.cpp against the model before export.")
 
 
 if __name__ == "__main__":

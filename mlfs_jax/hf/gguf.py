@@ -7,11 +7,9 @@ Names and meanings follow llama.cpp (gguf-py's constants.py, src/models/llama.cp
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import hashlib
 import json
-import math
 import os
 import shutil
 import tempfile
@@ -19,13 +17,14 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from mlfs_jax.backbone.tree import STACKED, flatten
-from mlfs_jax.config import DecoderConfig, Rope
+from mlfs_jax.config import DecoderConfig
 from mlfs_jax.errors import CheckpointError, ConfigError, RunError
 from mlfs_jax.hf.configs import to_hf
 from mlfs_jax.hf.gguf_file import GGUFFile, open_gguf
+from mlfs_jax.hf.gguf_rope import ROPE_FREQS, read_rope, shortest
 from mlfs_jax.hf.gguf_tokenizer import tokenizer_files
 from mlfs_jax.hf.table import LEAVES, hf_shape, to_ours
 from mlfs_jax.model import Model, abstract, build
@@ -49,9 +48,6 @@ SITES = {
     "head": "output",
 }
 """Our site -> llama.cpp's module."""
-
-ROPE_FREQS = "rope_freqs.weight"
-"""float [dim/2]: what each rotary frequency is divided by (Llama 3.1)."""
 
 FOLDER_VERSION = b"1"  # of what prepare_folder writes: a new number makes the folders anew
 
@@ -151,8 +147,8 @@ def config_of(file: GGUFFile) -> DecoderConfig:
         head_dim=head_dim,
         mlp=field("feed_forward_length"),
         max_positions=context,
-        rope=_rope(file, field("rope.freq_base", float, 10_000.0), head_dim, context),
-        norm_eps=_short(field("attention.layer_norm_rms_epsilon", float)),
+        rope=read_rope(file, field("rope.freq_base", float, 10_000.0), head_dim, context),
+        norm_eps=shortest(field("attention.layer_norm_rms_epsilon", float)),
         qkv_bias="attn_q" in biased,
         o_bias="attn_output" in biased,
         mlp_bias="ffn_up" in biased,
@@ -161,85 +157,6 @@ def config_of(file: GGUFFile) -> DecoderConfig:
         bos_token_id=meta.get("tokenizer.ggml.bos_token_id"),
         eos_token_ids=tuple(dict.fromkeys(e for e in eos if e is not None)),
     )
-
-
-def _rope(file: GGUFFile, theta: float, dim: int, context: int) -> Rope:
-    arch = file.metadata["general.architecture"]
-
-    def scaling(key, default=None):
-        return file.metadata.get(f"{arch}.rope.scaling.{key}", default)
-
-    kind = scaling("type", "linear")  # llama.cpp's default, with factor 1
-    factor = scaling("factor", file.metadata.get(f"{arch}.rope.scale_linear")) or 1.0
-    rope = Rope(theta=_short(theta), dim=dim)
-    if kind not in ("none", "linear", "yarn"):
-        raise ConfigError(
-            f"{file.path}: rope scaling {kind!r} of a GGUF is not built here; linear, yarn and llama3 are."
-        )
-    if ROPE_FREQS in file.tensors:
-        if kind == "yarn" or factor != 1.0:
-            raise ConfigError(f"{file.path} has {ROPE_FREQS} and rope scaling {kind!r}: one of them is built here.")
-        return llama3_rope(file.read(ROPE_FREQS).astype(np.float64), rope)
-    if kind == "yarn":
-        if scaling("yarn_ext_factor", 1.0) != 1.0 or scaling("yarn_log_multiplier"):
-            raise ConfigError(f"{file.path}: yarn with yarn_ext_factor or yarn_log_multiplier is not built here.")
-        # llama.cpp multiplies its own by attn_factor; its converter leaves Hugging Face's, whole, in yarn_attn_factor
-        attention_factor = scaling("yarn_attn_factor")
-        if attention_factor is None and scaling("attn_factor", 1.0) != 1.0:
-            attention_factor = scaling("attn_factor") * (0.1 * math.log(factor) + 1.0)
-        return dataclasses.replace(
-            rope,
-            scaling="yarn",
-            factor=_short(factor),
-            original_positions=scaling("original_context_length", context),
-            beta_fast=_short(scaling("yarn_beta_fast", 32.0)),
-            beta_slow=_short(scaling("yarn_beta_slow", 1.0)),
-            attention_factor=attention_factor,
-        )
-    if kind == "linear" and factor != 1.0:
-        return dataclasses.replace(rope, scaling="linear", factor=_short(factor))
-    return rope
-
-
-def llama3_factors(rope: Rope) -> Float[np.ndarray, "F"]:
-    """What Llama 3.1's scaling divides each of the dim/2 frequencies by (transformers, modeling_rope_utils.py)."""
-    turns = rope.original_positions * rope.theta ** (-np.arange(0, rope.dim, 2) / rope.dim) / (2 * np.pi)
-    smooth = np.clip((turns - rope.low_freq) / (rope.high_freq - rope.low_freq), 0.0, 1.0)
-    return 1.0 / ((1.0 - smooth) / rope.factor + smooth)
-
-
-def llama3_rope(factors: Float[np.ndarray, "F"], rope: Rope) -> Rope:
-    """The Llama 3.1 scaling whose factors these are: a GGUF holds them instead of its four constants.
-
-    Between its ends 1/factor is linear in the turns that a frequency makes over the original context. Its slope and
-    intercept give the constants but for their common unit: low_freq is taken as 1, as Meta does.
-
-    Raises:
-        ConfigError: they are of another kind.
-    """
-    if rope.dim != 2 * len(factors):
-        raise ConfigError(
-            f"{ROPE_FREQS} has {len(factors)} entries: expected one for each of {rope.dim // 2} frequencies."
-        )
-    if np.all(factors == 1.0):
-        return rope
-    scaled = dataclasses.replace(rope, scaling="llama3", factor=_short(factors.max()), original_positions=8192)
-    between = (factors > 1.0) & (factors < factors.max())
-    if between.sum() > 1:
-        smooth = (1.0 / factors[between] - 1.0 / factors.max()) / (1.0 - 1.0 / factors.max())
-        unit = rope.theta ** (-np.arange(0, rope.dim, 2) / rope.dim)[between] / (2 * np.pi)
-        slope, intercept = np.polyfit(unit, smooth, 1)
-        scaled = dataclasses.replace(
-            scaled, original_positions=max(1, round(-slope / intercept)), high_freq=round(1.0 - 1.0 / intercept, 4)
-        )
-    if not np.allclose(llama3_factors(scaled), factors, rtol=1e-4):
-        raise ConfigError(f"{ROPE_FREQS} is no Llama 3 rope scaling; another kind is not built here.")
-    return scaled
-
-
-def _short(value: float) -> float:
-    """The shortest decimal number that is this float32: 1e-05 rather than 9.999999747378752e-06."""
-    return float(str(np.float32(value)))
 
 
 def tensor_names(name: str, axes: tuple[str, ...], shape: tuple[int, ...]) -> list[str]:

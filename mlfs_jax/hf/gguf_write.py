@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from mlfs_jax.backbone.tree import flatten
-from mlfs_jax.config import DecoderConfig, Rope
+from mlfs_jax.config import DecoderConfig
 from mlfs_jax.errors import CheckpointError, ConfigError, RunError
-from mlfs_jax.hf.gguf import ROPE_FREQS, SITES, llama3_factors, permute, permuted, tensor_names
+from mlfs_jax.hf.gguf import SITES, permute, permuted, tensor_names
 from mlfs_jax.hf.gguf_file import open_gguf
+from mlfs_jax.hf.gguf_rope import ROPE_FREQS, llama3_factors, rope_metadata
 from mlfs_jax.hf.gguf_tokenizer import tokenizer_metadata
 from mlfs_jax.hf.table import hf_shape, to_theirs
 from mlfs_jax.model import Model
@@ -184,22 +185,7 @@ def shape_metadata(config: DecoderConfig, arch: str) -> dict[str, object]:
         "rope.dimension_count": config.rope.dim,
         "rope.freq_base": float(config.rope.theta),
     }
-    return {f"{arch}.{key}": value for key, value in (sizes | _rope_metadata(config.rope)).items()}
-
-
-def _rope_metadata(rope: Rope) -> dict[str, object]:
-    if rope.scaling not in ("linear", "yarn"):  # llama3 is a tensor
-        return {}
-    said = {"rope.scaling.type": rope.scaling, "rope.scaling.factor": float(rope.factor)}
-    if rope.scaling == "yarn":
-        said |= {
-            "rope.scaling.original_context_length": rope.original_positions,
-            "rope.scaling.yarn_beta_fast": float(rope.beta_fast),
-            "rope.scaling.yarn_beta_slow": float(rope.beta_slow),
-        }
-        if rope.attention_factor is not None:  # llama.cpp's own factor comes on top
-            said["rope.scaling.attn_factor"] = rope.attention_factor / (0.1 * float(np.log(rope.factor)) + 1.0)
-    return said
+    return {f"{arch}.{key}": value for key, value in (sizes | rope_metadata(config.rope)).items()}
 
 
 def _check_free(path: Path) -> None:

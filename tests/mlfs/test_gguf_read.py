@@ -9,8 +9,9 @@ import pytest
 from mlfs_jax.backbone.tree import flatten
 from mlfs_jax.config import Rope
 from mlfs_jax.errors import CheckpointError, ConfigError
-from mlfs_jax.hf.gguf import config_of, gguf_in, llama3_factors, llama3_rope, prepare_folder, read_gguf
+from mlfs_jax.hf.gguf import config_of, gguf_in, prepare_folder, read_gguf
 from mlfs_jax.hf.gguf_file import READABLE, open_gguf
+from mlfs_jax.hf.gguf_rope import llama3_factors, llama3_rope
 from mlfs_jax.hf.load import from_pretrained, load_checkpoint
 from tests.mlfs.gguf_files import BLOCKS, LLAMA, decode_block, llama_tensors, random_blocks, write_gguf
 
@@ -112,6 +113,8 @@ def test_rope_scalings(tmp_path):
     assert scaled(tmp_path, **yarn, scaling__yarn_attn_factor=0.5).attention_factor == 0.5
     with pytest.raises(ConfigError, match=r"longrope.*linear, yarn and llama3"):
         scaled(tmp_path, scaling__type="longrope")
+    with pytest.raises(CheckpointError, match=r"scaling\.factor = 'much': expected a number"):
+        scaled(tmp_path, scaling__factor="much")
     with pytest.raises(ConfigError, match="yarn_ext_factor"):
         scaled(tmp_path, **yarn, scaling__yarn_ext_factor=0.5)
 
