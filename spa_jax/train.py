@@ -168,13 +168,19 @@ def from_json(saved: Mapping) -> FitConfig:
 
 @dataclass(frozen=True)
 class SideTrainer:
-    """One step of training a side network; the base is an argument that nothing differentiates."""
+    """One step of training a side network; the base is an argument that nothing differentiates.
+
+    Attributes:
+        side: its shapes; the weights are the state's.
+        unroll: unroll the scans over layers (``cost_analysis()`` counts the body of a scan once).
+        chunk: tokens whose logits are in memory at a time.
+    """
 
     graphdef: nnx.GraphDef
     side: Side
     setting: Setting
     optimizer: optax.GradientTransformation
-    unroll: bool = True
+    unroll: bool = False
     chunk: int = CHUNK
 
     def loss(
@@ -182,7 +188,7 @@ class SideTrainer:
     ) -> Float[Array, ""]:
         """Cross-entropy of f + g, or of g alone, over the tokens that count."""
         if ladders is None:
-            cloud = cloud_step(self.graphdef, base, {}, None, batch, tapped=self.side.tapped)
+            cloud = cloud_step(self.graphdef, base, {}, None, batch, tapped=self.side.tapped, unroll=self.unroll)
             ladders = cloud.frame, cloud.hidden
         frame, f = ladders
         g, _ = device_step(self.side.replace(net=net), None, frame, seen=self._seen(frame, key), unroll=self.unroll)

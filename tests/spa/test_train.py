@@ -1,0 +1,218 @@
+"""fit: learns, resumes to the bit, with cached ladders as without, one plugin for each user; mistakes are named."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+import spa_jax as spa
+from mlfs_jax.errors import ConfigError, DataError, RunError, UnknownNameError
+from mlfs_jax.hf.load import from_pretrained
+from mlfs_jax.run import Run
+from spa_jax.errors import PluginError, TapCacheError
+from spa_jax.gate_fit import GateConfig
+from spa_jax.plugin import load_plugin, save_plugin
+from spa_jax.train import FitConfig, SideTrainer, fit, fit_users, load_run
+from tests.spa.conftest import save_tokenizer
+from tests.spa.tiny_side import LADDER, PLUGIN
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture
+def config(tiny_lm, echo_task, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return FitConfig(
+        model=str(tiny_lm),
+        task=str(echo_task),
+        steps=6,
+        learning_rate=1e-2,
+        batch_size=8,
+        side=LADDER,
+        start="random",
+        importance_examples=16,
+        gate=GateConfig(steps=50),
+        max_length=16,
+        buckets=(16,),
+        save_every=2,
+    )
+
+
+def contents(folder):
+    return Run.open(folder).history(), load_plugin(folder)
+
+
+def assert_same_run(a, b):
+    (history, plugin), (others, other) = contents(a), contents(b)
+    assert history == others
+    jax.tree.map(np.testing.assert_array_equal, plugin.side, other.side)
+    assert plugin.threshold == other.threshold
+
+
+def test_stopped_after_any_step_the_run_continues_bit_by_bit(config, tmp_path, monkeypatch):
+    """With taps from a cache in memory, which a new process has to make again."""
+    config = dataclasses.replace(config, cache_taps="ram", start="sliced")
+    fit(config, tmp_path / "whole", console=QUIET)
+    step, count = SideTrainer.step.func, iter(range(1, 100))
+
+    def counted(self):
+        real = step(self)
+
+        def run(*args):
+            if next(count) in (1, 3):
+                os.kill(os.getpid(), signal.SIGTERM)
+            return real(*args)
+
+        return run
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SideTrainer, "step", property(counted))
+        stops = 0
+        while fit(config, tmp_path / "stopped", console=QUIET) is None:
+            stops += 1
+    assert stops == 2
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+    again = fit(config, tmp_path / "whole", console=QUIET)  # a finished run is left as it is
+    assert again.config == config.anywhere()
+
+
+def test_a_plugin_learns_the_task_and_its_gate_is_set_for_the_usage(config, tmp_path):
+    config = dataclasses.replace(config, steps=150, save_every=1000, gate=GateConfig(usage=0.6))
+    fitted = fit(config, tmp_path / "run", console=QUIET)
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["side_loss"] < 0.8 * result["base_loss"]
+    assert result["usage"] == pytest.approx(0.6, abs=0.1)
+    assert result["side_loss"] < result["gated_loss"] < result["base_loss"]
+    plugin = fitted.plugin
+    assert plugin.threshold_for(0.0) == 2.0 and plugin.threshold_for(1.0) == 0.0
+    assert plugin.threshold_for(0.9) < plugin.threshold < plugin.threshold_for(0.2)
+    assert plugin.threshold_for(None) == plugin.threshold
+    with pytest.raises(ConfigError, match=r"usage = 1\.5: expected a share"):
+        plugin.threshold_for(1.5)
+    opened = load_run(tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, opened.plugin.side, plugin.side)
+    assert opened.config == config.anywhere()
+
+
+def test_cached_ladders_train_as_the_backbone_itself(config, tmp_path):
+    config = dataclasses.replace(config, setting="s1")
+    whole, ram, disk = (
+        fit(dataclasses.replace(config, cache_taps=taps), tmp_path / taps, console=QUIET).plugin.side.net
+        for taps in ("off", "ram", "disk")
+    )
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3)  # noqa: E731  taps are fp16
+    jax.tree.map(close, ram, whole)
+    jax.tree.map(np.testing.assert_array_equal, ram, disk)
+    assert not (tmp_path / "disk" / "taps").exists()
+
+
+def test_cached_ladders_are_bounded_and_know_what_they_are_of(config, tmp_path):
+    config = dataclasses.replace(config, cache_taps="disk", taps_folder=str(tmp_path / "taps"), setting="s1")
+    with pytest.raises(TapCacheError, match=r"more than the bound of 1e-06 GB.*--cache-gb"):
+        fit(dataclasses.replace(config, cache_gb=1e-6), tmp_path / "small", console=QUIET)
+    fit(config, tmp_path / "one", console=QUIET)
+    made = (tmp_path / "taps" / "taps.f16").stat().st_mtime_ns
+    fit(dataclasses.replace(config, learning_rate=1e-3), tmp_path / "two", console=QUIET)
+    assert (tmp_path / "taps" / "taps.f16").stat().st_mtime_ns == made  # read, not written
+    with pytest.raises(TapCacheError, match="another base, other data or other layers"):
+        fit(dataclasses.replace(config, side=dataclasses.replace(LADDER, every=1)), tmp_path / "three", console=QUIET)
+
+
+def test_every_kind_and_setting_fits(config, tmp_path):
+    for name, changes in {
+        "sparse": {"side": dataclasses.replace(LADDER, memory="sparse"), "gate": GateConfig("similarity", bank=16)},
+        "s2": {"side": PLUGIN, "setting": "s2", "gate": GateConfig("straight-through", price=0.1, steps=20)},
+        "s3": {"setting": "s3"},
+    }.items():
+        fitted = fit(dataclasses.replace(config, steps=2, **changes), tmp_path / name, console=QUIET)
+        opened = load_plugin(tmp_path / name)
+        assert opened.setting == fitted.config.setting
+        assert bool(opened.side.gate) == opened.setting.gated == bool(opened.calibration)
+    with pytest.raises(ConfigError, match="s3, which has no gate"):
+        load_plugin(tmp_path / "s3").threshold_for(0.5)
+
+
+def test_one_plugin_for_each_user(config, tmp_path):
+    config = dataclasses.replace(config, steps=60, setting="s1", save_every=100)
+    fitted = fit_users(config, tmp_path / "users", console=QUIET)
+    assert {*fitted} == {"alice", "bob"} == {load_plugin(tmp_path / "users" / u).user for u in ("alice", "bob")}
+    # each knows its own user's answers better than the other's
+    model, data = fitted["bob"].model, config.load_data(config.get_task(), fitted["bob"].model)["test"]
+    from spa_jax.score import score_tokens
+
+    own, other = (
+        score_tokens(model, fitted[user].plugin.side, "s1", data.of_user("bob")).side_nll.mean()
+        for user in ("bob", "alice")
+    )
+    assert own < other
+    assert (tmp_path / "users" / "alice" / "plugin.safetensors").stat().st_size < 5e6
+    with pytest.raises(ConfigError, match="user is empty"):
+        dataclasses.replace(config, user=" ")
+    with pytest.raises(UnknownNameError, match="did you mean 'alice'"):
+        fit(dataclasses.replace(config, user="alise"), tmp_path / "alise", console=QUIET)
+
+
+def test_a_plugin_refuses_what_it_was_not_made_for(config, tiny_lm, tmp_path):
+    fitted = fit(dataclasses.replace(config, steps=1, setting="s1"), tmp_path / "run", console=QUIET)
+    model, plugin = fitted.model, fitted.plugin
+    same = plugin.check(model.config, model.base, model.source)
+    assert same is plugin
+    from tests.mlfs.tiny import tiny_decoder
+
+    other = tiny_decoder("llama", seed=1, max_positions=64, eos_token_ids=(2,))
+    with pytest.raises(PluginError, match="another base"):
+        plugin.check(other.config, other.base)
+    wide = tiny_decoder("llama", embed=32)
+    with pytest.raises(PluginError, match=r"3 layers of width 24.*3 of width 32"):
+        plugin.check(wide.config, wide.base)
+    with pytest.raises(PluginError, match="another tokenizer"):
+        plugin.check(model.config, model.base, save_tokenizer(tmp_path / "words", 40))
+    # in bf16 it is the same base
+    import jax.numpy as jnp
+
+    plugin.check(model.config, from_pretrained(tiny_lm, dtype=jnp.bfloat16).base)
+    with pytest.raises(PluginError, match="holds no plugin"):
+        load_plugin(tmp_path / "nowhere")
+    weights = tmp_path / "run" / "plugin.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
+    with pytest.raises(PluginError, match="damaged"):
+        load_plugin(tmp_path / "run")
+    narrow = plugin.side.replace(net=plugin.side.net | {"up.kernel": plugin.side.net["up.kernel"][:, :8]})
+    save_plugin(tmp_path / "narrow", plugin.replace(side=narrow))
+    with pytest.raises(PluginError, match=r"up.kernel: expected shape \(8, 24\), found \(8, 8\)"):
+        load_plugin(tmp_path / "narrow")
+
+
+def test_mistakes_are_named_before_anything_is_written(config, tmp_path):
+    for error, message, changes in (
+        (UnknownNameError, "setting 's4'", {"setting": "s4"}),
+        (ConfigError, "steps = 0", {"steps": 0}),
+        (ConfigError, "cache_taps = 'tape'", {"cache_taps": "tape"}),
+        (ConfigError, "start = 'sliced' of a plugin", {"start": "sliced", "side": PLUGIN}),
+        (ConfigError, "width = 24: expected less", {"side": dataclasses.replace(LADDER, width=24)}),
+        (ConfigError, "wiki-topic is a classification task", {"task": "wiki-topic"}),
+        (UnknownNameError, "did you mean 'wiki-description'", {"task": "wiki-descriptions"}),
+    ):
+        with pytest.raises(error, match=message):
+            fit(dataclasses.replace(config, **changes), tmp_path / "run", console=QUIET)
+    for message, gate in {
+        "usage = -0.1: expected a share": {"usage": -0.1},
+        "method = 'guess'": {"method": "guess"},
+        "gate share = 1": {"share": 1},
+        "price = -1": {"price": -1},
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            GateConfig(**gate)
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"prompt": "w3 w4", "completion": "w5"}\n{"prompt": "w3 w4"}\n')
+    with pytest.raises(DataError, match="line 2: no field 'completion'"):
+        fit(dataclasses.replace(config, task=str(broken)), tmp_path / "run", console=QUIET)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(RunError):
+        load_run(tmp_path / "run")
+    assert spa.Setting.parse("s1") is spa.Setting.S1
