@@ -16,6 +16,7 @@ _HOME = {
     "export": ("export_adapter", "export_subnet"),
     "generate": ("GenerateConfig", "Generated", "Session", "generate", "generate_text", "stream", "stream_text"),
     "hf.export": ("ExportReport", "export_hf"),
+    "hf.gguf_write": ("GGUFReport", "export_gguf"),
     "hf.load": ("from_pretrained",),
     "hf.peft": ("export_peft",),
     "importance": ("importance_order", "measure_importance", "reorder", "reorder_lora"),
