@@ -4,21 +4,17 @@ Each command is a function whose signature tyro turns into flags. Commands impor
 ``mlfs --help`` answers at once; for the same reason this module does without postponed annotations.
 """
 
-import contextlib
-import hashlib
-import json
 import logging
-import os
-import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from mlfs_jax.errors import ConfigError, MLFSError, unknown
-from mlfs_jax.registry import ENTRIES, cache_dir, get_entry, resolve_model
+from mlfs_jax.errors import ConfigError, unknown
+from mlfs_jax.registry import ENTRIES, get_entry, resolve_model
+from mlfs_jax.terminal import log_to_stderr, print_json, print_table, run_command, set_up_jax, spinner
 
 HELP = """\
 usage: mlfs COMMAND ...      (mlfs COMMAND --help lists its options)
@@ -60,38 +56,12 @@ Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 (verify found a difference), 2 (a mistake), 130 (interrupted)."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ("-h", "--help"):
-        print(HELP, end="")
-        return 0 if argv else 2
-    try:
-        if argv[0] == "--version":
-            import importlib.metadata
-
-            print(importlib.metadata.version("mlfs-jax"))
-            return 0
-        if argv[0] not in COMMANDS:
-            raise unknown("command", argv[0], COMMANDS)
-        code = _run(argv[0], argv[1:])
-        sys.stdout.flush()
-        return code
-    except MLFSError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # `mlfs info ... | head`: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at exit
-        return 0
-    except OSError as e:  # a full disk, a folder that may not be written
-        print(f"error: {e.strerror or e}" + (f": {e.filename}" if e.filename else ""), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return run_command(argv, HELP, COMMANDS, _run)
 
 
 def _run(command: str, args: list[str]) -> int:
     if command != "fetch" and not {"-h", "--help"} & set(args):
-        _set_up_jax()
+        set_up_jax()
     function = COMMANDS[command]
     if command == "fit":
         function = _fit_from(_preset(args))
@@ -100,45 +70,8 @@ def _run(command: str, args: list[str]) -> int:
         args = ["--beams" + arg[6:] if arg.partition("=")[0] == "--beam" else arg for arg in args]  # both are said
     config = () if command == "fit" else (tyro.conf.FlagCreatePairsOff,)
     # loading says what it newly initialised: news to the one who fits, noise afterwards
-    with _log_to_stderr(logging.WARNING if command == "fit" else logging.ERROR):
+    with log_to_stderr(logging.WARNING if command == "fit" else logging.ERROR):
         return tyro.cli(function, prog=f"mlfs {command}", args=args, config=config) or 0
-
-
-@contextlib.contextmanager
-def _log_to_stderr(level: int) -> Iterator[None]:
-    """What the package logs, as plain lines."""
-    logger, handler = logging.getLogger("mlfs_jax"), logging.StreamHandler()
-    before = logger.level, logger.propagate
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger.addHandler(handler)
-    logger.setLevel(level)
-    logger.propagate = False
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(before[0])
-        logger.propagate = before[1]
-
-
-def _set_up_jax() -> None:
-    """Keep compiled programs in the cache folder, apart for each kind of CPU (code for one may not run on another)."""
-    import jax
-
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
-        return
-    try:
-        cpu = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        cpu = ""
-    facts = sorted({line for line in cpu.splitlines() if line.startswith(("model name", "flags", "Features"))})
-    kind = hashlib.sha256("\n".join([platform.machine(), *facts]).encode()).hexdigest()[:12]
-    folder = cache_dir() / "xla" / kind
-    with contextlib.suppress(OSError):  # a read-only home: do without
-        folder.mkdir(parents=True, exist_ok=True)
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-        jax.config.update("jax_compilation_cache_max_size", 2**30)
 
 
 def fetch(names: Names = (), /, *, check: Flag = False) -> None:
@@ -235,13 +168,13 @@ def palette(
         raise ConfigError("--all and --subnets exclude each other: give one of them.")
     fitted = load_run(run, finished=True)
     chosen = all_subnets(fitted) if all else subnets or None
-    with _spinner() as advance:
+    with spinner() as advance:
         measured = measure(fitted, chosen, split=split, length=length, batch_sizes=batch_sizes, advance=advance)
     files = measured.save(run), measured.plot(run / "palette.png")
     if json:
-        _print_json(measured.to_json())
+        print_json(measured.to_json())
     else:
-        _print(measured.table())
+        print_table(measured.table())
         print("wrote " + " and ".join(map(str, files)))
 
 
@@ -306,9 +239,9 @@ def verify(directory: Folder, /, *, against: RunFolder, json: Flag = False) -> i
 
     checks = check(directory, load_run(against, finished=True))
     if json:
-        _print_json({"ok": all_ok(checks), "checks": [dataclasses.asdict(c) for c in checks]})
+        print_json({"ok": all_ok(checks), "checks": [dataclasses.asdict(c) for c in checks]})
     else:
-        _print(table(checks))
+        print_table(table(checks))
         print(f"{directory} {'is what' if all_ok(checks) else 'is NOT what'} {against} learnt")
     return 0 if all_ok(checks) else 1
 
@@ -362,36 +295,13 @@ def info(thing: Annotated[str, tyro.conf.arg(metavar="THING")], /, *, json: Flag
 
     described = describe(thing)
     if json:
-        _print_json(described)
+        print_json(described)
     else:
         print("\n".join(lines(described)))
 
 
 COMMANDS = {"fetch": fetch, "fit": None, "palette": palette, "export": export, "verify": verify}
 COMMANDS |= {"generate": None, "info": info}
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
-
-
-def _print(table: Any) -> None:
-    """Print a table; one that is wider than the terminal runs over rather than losing digits."""
-    from rich.console import Console
-
-    console = Console()
-    needed = console.measure(table, options=console.options.update(width=1000)).maximum
-    Console(width=max(console.width, needed)).print(table)
-
-
-@contextlib.contextmanager
-def _spinner() -> Iterator:
-    """A line on stderr that says what is being done; gone at the end."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    with console.status("loading data") as status:
-        yield lambda doing: status.update(doing)
 
 
 if __name__ == "__main__":
