@@ -135,7 +135,7 @@ def config_of(file: GGUFFile) -> DecoderConfig:
         raise CheckpointError(f"{file.path} lacks the tensor token_embd.weight.")
     context = field("context_length")
     biased = [site for site in ("attn_q", "attn_output", "ffn_up") if f"blk.0.{site}.bias" in file.tensors]
-    eos = [meta.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot")]
+    eos = [meta.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
     pad = meta.get("tokenizer.ggml.padding_token_id", eos[0])
     return DecoderConfig(
         family="qwen2" if biased == ["attn_q"] else arch,  # a slice of Qwen2 is written as a llama with biases

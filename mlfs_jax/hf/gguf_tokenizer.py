@@ -232,7 +232,7 @@ def tokenizer_metadata(folder: Path | None, config: DecoderConfig) -> dict[str, 
     named = {name: _token_text(said.get(f"{name}_token")) for name in SPECIAL}
     special = {name: ids[token] for name, token in named.items() if token in ids}
     special |= {"bos": config.bos_token_id} if config.bos_token_id is not None else {}
-    special |= dict(zip(("eos", "eot"), config.eos_token_ids, strict=False))
+    special |= dict(zip(("eos", "eot", "eom"), config.eos_token_ids, strict=False))
     meta: dict[str, object] = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
     meta |= {f"tokenizer.ggml.{SPECIAL.get(name, name)}_token_id": i for name, i in special.items()}
     if model.get("byte_fallback"):

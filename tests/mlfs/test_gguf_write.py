@@ -21,7 +21,7 @@ from tests.mlfs.gguf_files import CHAT, byte_level_tokenizer, decode_block
 from tests.mlfs.tiny import tiny_decoder
 
 SIZES = {"vocab_size": 405, "embed": 32, "heads": 4, "kv_heads": 2, "head_dim": 16, "mlp": 96, "bos_token_id": 1}
-SIZES |= {"rope": Rope(10_000.0, 16), "eos_token_ids": (2, 0), "pad_token_id": 2}
+SIZES |= {"rope": Rope(10_000.0, 16), "eos_token_ids": (2, 0, 1), "pad_token_id": 2}
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +228,7 @@ def test_there_and_back_through_a_folder(tokenizer, tmp_path, monkeypatch):
     assert folder.parent == tmp_path / "cache" / "gguf"
     assert json.loads((folder / "tokenizer_config.json").read_text())["chat_template"] == CHAT
     config = json.loads((folder / "config.json").read_text())
-    assert (config["model_type"], config["eos_token_id"]) == ("llama", [2, 0])
+    assert (config["model_type"], config["eos_token_id"]) == ("llama", [2, 0, 1])
     assert not list(folder.parent.glob(".tmp-*"))
     (tmp_path / "full").write_text("no folder")
     with pytest.raises(RunError, match=r"could not be made.*MLFS_CACHE"):
