@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from mlfs_jax.errors import ConfigError
 
@@ -89,20 +90,40 @@ def warp(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]
     Top-p is nucleus sampling (arXiv 1904.09751). Tokens that are exactly as likely as the last one kept are kept.
     """
     logits = logits.astype(jnp.float32) / sampling.temperature
-    V = logits.shape[-1]
 
     def restrict(logits):
-        ordered = jnp.sort(logits, axis=-1, descending=True)
-        k = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, V), V)
-        kth = jnp.take_along_axis(ordered, jnp.full((len(logits), 1), k - 1), -1)
-        p = jax.nn.softmax(jnp.where(ordered < kth, -jnp.inf, ordered))
-        likelier = jnp.cumsum(p, -1) - p  # probability of all the tokens before it
-        nucleus = (likelier < sampling.top_p) | (sampling.top_p >= 1)
-        last = jnp.maximum(kth, jnp.where(nucleus, ordered, jnp.inf).min(-1, keepdims=True))
-        return jnp.where(logits < last, -jnp.inf, logits)
+        order = _as_integers(logits)
+        k = jnp.where(sampling.top_k > 0, sampling.top_k, logits.shape[-1])
+        kth = _smallest(lambda at: (order > at).sum(-1, keepdims=True) < k, len(logits))
+        p = jax.nn.softmax(jnp.where(order < kth, -jnp.inf, logits))
+        likelier = lambda at: jnp.where(order > at, p, 0).sum(-1, keepdims=True)  # noqa: E731
+        last = _smallest(lambda at: (likelier(at) < sampling.top_p) | (sampling.top_p >= 1), len(logits))
+        return jnp.where(order < jnp.maximum(kth, last), -jnp.inf, logits)
 
-    # sorting a vocabulary costs more than all the rest
     return jax.lax.cond((sampling.top_k > 0) | (sampling.top_p < 1), restrict, lambda logits: logits, logits)
+
+
+def _as_integers(x: Float[Array, "B V"]) -> Int[Array, "B V"]:
+    """Integers in the same order as floats."""
+    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.int32)  # -0 is 0
+    return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+def _smallest(holds: Callable[[Int[Array, "B 1"]], Bool[Array, "B 1"]], rows: int) -> Int[Array, "B 1"]:
+    """The smallest integer that something holds for, which holds for all above it, too: 32 halvings.
+
+    A threshold among the logits of a vocabulary is found so in a tenth of the time of sorting them (measured on a CPU).
+    """
+
+    def halve(_, ends):
+        low, high = ends
+        middle = (low & high) + ((low ^ high) >> 1)  # their mean, without overflow
+        ok = holds(middle)
+        return jnp.where(ok, low, middle + 1), jnp.where(ok, middle, high)
+
+    whole = jnp.iinfo(jnp.int32)
+    ends = (jnp.full((rows, 1), end, jnp.int32) for end in (whole.min, whole.max))
+    return jax.lax.fori_loop(0, 32, halve, tuple(ends))[0]
 
 
 def pick(logits: Float[Array, "B V"], sampling: Sampling | None, key: Array) -> Int[Array, " B"]:

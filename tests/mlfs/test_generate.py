@@ -129,6 +129,18 @@ def test_the_distribution_sampled_from_is_transformers(oracle):
 # --- sampling
 
 
+def test_equally_likely_tokens_are_kept_together():
+    logits = jnp.array([[0.0, -0.0, 0.0, -1.0, -2.0], [3.0, 3.0, 1.0, 1.0, -jnp.inf]])
+    for settings, kept in (
+        ({"top_k": 1}, (3, 2)),
+        ({"top_p": 0.4}, (3, 2)),
+        ({"top_k": 3}, (3, 4)),
+        ({"top_k": 4}, (4, 4)),
+    ):
+        warped = warp(logits, GenerateConfig(temperature=1.0, **settings).sampling)
+        assert (warped > -jnp.inf).sum(1).tolist() == list(kept), settings
+
+
 def test_draws_follow_the_distribution():
     logits = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
     rows = jnp.broadcast_to(logits, (4000, 4))
