@@ -26,10 +26,11 @@ SPA_FLOORS = [
     {"errors", "seam", "fields", "wire"},
     {"side", "gate", "network"},
     {"start", "model"},
-    {"decode", "plugin", "ladders", "score", "loop"},
+    {"decode", "plugin", "ladders", "score", "loop", "adapters"},
     {"gate_fit"},
-    {"train", "baselines", "evaluate"},
-    {"show"},
+    {"train"},
+    {"baselines", "show"},
+    {"evaluate"},
     {"cli"},
 ]
 # What a device runs: of spa_jax only these, and of mlfs_jax what has no weights of the base.

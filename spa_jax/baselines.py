@@ -1,0 +1,275 @@
+"""What side networks are compared with, over the same frozen base, data, loss and share of trained parameters.
+
+``lora``: low-rank pairs at every linear map. ``adapter``, ``parallel-adapter``: see :mod:`spa_jax.adapters`. ``lst``: a
+side network alone (setting S3 of ``spa fit``). ``one-shot``, ``zero-shot``: the base itself, with one example of
+training in front of the prompt, or none. ``shared``: a small model of its own whose few layers are used several times
+(EdgeFormer, arXiv 2202.07959; Subformer, arXiv 2101.00234), distilled from the base, whose token table it shares.
+
+``base_bits`` rounds the frozen base to 8 or 4 bits first (weights only), as QLoRA trains beside it. The rounded
+weights are kept in fp32 here: what it shows is the quality, not the memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import safetensors.numpy as safetensors
+from jaxtyping import Array
+from rich.console import Console
+
+from mlfs_jax.backbone.tree import STACKED, flatten, map_named
+from mlfs_jax.data.batches import BUCKETS, Batches
+from mlfs_jax.data.encode import Encoded, fingerprint
+from mlfs_jax.distill import DistillConfig
+from mlfs_jax.errors import ConfigError
+from mlfs_jax.lora import init_lora, merge_lora
+from mlfs_jax.model import Model, abstract, forward
+from mlfs_jax.run import Run, preemption, write_atomic
+from mlfs_jax.stages import Stage
+from mlfs_jax.supernet import TrainState
+from mlfs_jax.vocab import Hidden, lm_distill_loss, lm_loss
+from spa_jax.adapters import adapted, count_adapters, init_adapters
+from spa_jax.loop import train_loop
+from spa_jax.side import SideConfig, abstract_net
+from spa_jax.train import FitConfig, from_anywhere
+
+METHODS = ("lora", "adapter", "parallel-adapter", "lst", "one-shot", "zero-shot", "shared")
+TRAINED = ("lora", "adapter", "parallel-adapter", "shared")
+ADAPTERS = {"adapter": "houlsby", "parallel-adapter": "parallel"}
+WEIGHTS = "weights.safetensors"
+
+
+@dataclass(frozen=True)
+class BaselineConfig:
+    """What a baseline run computes; as :class:`FitConfig` where the names are the same.
+
+    Attributes:
+        method: lora, adapter, parallel-adapter, lst, one-shot, zero-shot or shared.
+        learning_rate: the peak; by default 1e-3, and 3e-3 for "lst", as for other side networks.
+        params: about how many parameters to train; by default as many as the default side network of this base has.
+        unique, repeats: of "shared": layers of its own, and how often each is used.
+        base_bits: 8 or 4: round the frozen base first; 32: as it is.
+    """
+
+    method: str
+    model: str
+    task: str
+    seed: int = 0
+    steps: int = 600
+    learning_rate: float | None = None
+    batch_size: int = 16
+    params: int | None = None
+    unique: int = 2
+    repeats: int = 3
+    base_bits: int = 32
+    max_length: int | None = None
+    buckets: tuple[int, ...] = BUCKETS
+    limit: int | None = None
+    save_every: int = 100
+
+    def __post_init__(self):
+        if self.learning_rate is None:
+            object.__setattr__(self, "learning_rate", 3e-3 if self.method == "lst" else 1e-3)
+        if self.method not in METHODS:
+            raise ConfigError(f"method = {self.method!r}: expected one of {', '.join(METHODS)}.")
+        if self.base_bits not in (4, 8, 32):
+            raise ConfigError(f"base_bits = {self.base_bits}: expected 4, 8 or 32.")
+        if min(self.unique, self.repeats) < 1 or (self.params is not None and self.params < 1):
+            raise ConfigError(
+                f"unique = {self.unique}, repeats = {self.repeats}, params = {self.params}: expected at least 1."
+            )
+        _ = self.fit_config  # its errors, now
+
+    @property
+    def fit_config(self) -> FitConfig:
+        """The same run as a side network's, for what both share; of "lst", the run itself."""
+        fields = {f.name for f in dataclasses.fields(FitConfig)} & {f.name for f in dataclasses.fields(self)}
+        return FitConfig(setting="s3", **{name: getattr(self, name) for name in fields})
+
+    @property
+    def trains(self) -> bool:
+        return self.method in TRAINED
+
+
+def quantise(model: Model, bits: int, group: int = 64) -> Model:
+    """The model with the kernels of its layers rounded to ``bits``, symmetrically, one scale for ``group`` inputs."""
+    if bits == 32:
+        return model
+    top = 2 ** (bits - 1) - 1
+
+    def rounded(name: str, leaf) -> Array:
+        value = leaf[...]
+        if not (name.startswith(f"{STACKED}.") and name.endswith("kernel")):
+            return value
+        stacked = value.reshape(value.shape[0], int(np.prod(value.shape[1 : 1 + leaf.inputs])), -1)
+        size = next(s for s in range(min(group, stacked.shape[1]), 0, -1) if stacked.shape[1] % s == 0)
+        parts = stacked.reshape(value.shape[0], -1, size, stacked.shape[2])
+        scale = jnp.maximum(jnp.abs(parts).max(2, keepdims=True), 1e-12) / top
+        return (jnp.round(parts / scale) * scale).reshape(value.shape).astype(value.dtype)
+
+    return model.replace(base=map_named(rounded, model.base))
+
+
+def budget(config: BaselineConfig, model: Model) -> int:
+    """How many parameters to train."""
+    if config.params is not None:
+        return config.params
+    side = SideConfig().resolve(model.config)
+    return sum(leaf.size for leaf in flatten(abstract_net(side, model.config)[1]).values())
+
+
+def _nearest(count: Callable[[int], int], wanted: int) -> int:
+    """The width from 1 on whose parameters are nearest to the wanted number; they grow linearly."""
+    one, two = count(1), count(2)
+    return max(1, round((wanted - one) / (two - one)) + 1)
+
+
+def init_params(config: BaselineConfig, model: Model) -> dict:
+    """What the method trains, as it starts."""
+    key, wanted = jax.random.key(config.seed), budget(config, model)
+    if config.method == "lora":
+        size = lambda rank: sum(  # noqa: E731
+            x.size for x in jax.tree.leaves(jax.eval_shape(lambda: init_lora(key, model, rank=rank)))
+        )
+        return init_lora(key, model, rank=_nearest(size, wanted))
+    if config.method in ADAPTERS:
+        kind = ADAPTERS[config.method]
+        return init_adapters(key, model.config, kind, _nearest(partial(count_adapters, model.config, kind), wanted))
+    layers = np.linspace(0, model.config.layers - 1, config.unique).round().astype(int)
+    stacked = {name: leaf[...] for name, leaf in flatten(model.base).items() if name.startswith(f"{STACKED}.")}
+    return {name: x[layers] for name, x in stacked.items()}
+
+
+def apply(config: BaselineConfig, model: Model, params: Mapping) -> Model:
+    """The model with what was trained in it: an ordinary Model."""
+    if config.method == "lora":
+        return model.replace(base=merge_lora(model.base, params))
+    if config.method in ADAPTERS:
+        return adapted(model, ADAPTERS[config.method], dict(params))
+    return shared_model(config, model, params)
+
+
+def shared_model(config: BaselineConfig, model: Model, params: Mapping) -> Model:
+    """The small model unrolled: each of its layers ``repeats`` times in a row."""
+    small = model.config.replace(layers=config.unique * config.repeats, windows=())
+    graphdef, state = abstract(small)
+    weights = {name: leaf[...] for name, leaf in flatten(model.base).items()}
+    weights |= {name: jnp.repeat(x, config.repeats, 0) for name, x in params.items()}
+    return model.replace(config=small, graphdef=graphdef, base=map_named(lambda name, _: weights[name], state))
+
+
+def _loss(config: BaselineConfig, model: Model, params: Mapping, base, batch: Mapping) -> Array:
+    model = model.replace(base=base)
+    if config.method == "lora":
+        hidden = forward(model.graphdef, base, batch, lora=params, logits=False).hidden
+        return lm_loss(Hidden(model.graphdef, base, hidden), batch)
+    tuned = apply(config, model, params)
+    student = Hidden(tuned.graphdef, tuned.base, forward(tuned.graphdef, tuned.base, batch, logits=False).hidden)
+    if config.method != "shared":
+        return lm_loss(student, batch)
+    teacher = Hidden(model.graphdef, base, forward(model.graphdef, base, batch, logits=False).hidden)
+    return lm_distill_loss(student, teacher, batch, DistillConfig(alpha=0.5, beta=0.0))
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A finished baseline: a model that writes, and what it puts in front of every prompt."""
+
+    config: BaselineConfig
+    model: Model
+    prefix: tuple[int, ...] = ()
+    params: int = 0
+
+
+def fit_baseline(
+    config: BaselineConfig, out: str | Path, *, model: Model | None = None, console: Console | None = None
+) -> Baseline | None:
+    """Train a baseline into the folder ``out``; continue there if it holds the same run, unfinished.
+
+    "lst" is ``fit`` with setting s3, and is not run here. Returns None when a signal ended it early.
+
+    Raises:
+        RunError: ``out`` holds another run. MLFSError: a name, file or setting is wrong.
+    """
+    if config.method == "lst":
+        raise ConfigError("lst is a side network alone: fit it with setting 's3' (`spa fit --setting s3`).")
+    console = console or Console()
+    config = dataclasses.replace(config, model=from_anywhere(config.model), task=from_anywhere(config.task))
+    shared = config.fit_config
+    task, model = shared.get_task(), model or shared.load_model()
+    data = shared.load_data(task, model)
+    model = quantise(model, config.base_bits)
+    saved = {**dataclasses.asdict(config), "data": fingerprint(data)}
+    with preemption() as stop, Run.create_or_resume(out, saved) as run:
+        if run.finished or not config.trains:
+            if not run.finished:
+                run.finish(params=0)
+            return _assemble(config, model, data["train"], run)
+        train = data["train"]
+        batches = Batches(train, min(config.batch_size, len(train)), seed=config.seed, buckets=config.buckets)
+        optimizer = Stage(config.method, "maxnet", config.steps, config.learning_rate).optimizer()
+
+        @partial(jax.jit, donate_argnames="state")
+        def update(state: TrainState, base, batch):
+            loss = lambda params: _loss(config, model, params, base, batch)  # noqa: E731
+            value, grads = jax.value_and_grad(loss)(state.params)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), value
+
+        params = train_loop(
+            run,
+            stop,
+            console,
+            label=config.method,
+            params=init_params(config, model),
+            optimizer=optimizer,
+            step=lambda state, i: update(state, model.base, batches[i]),
+            steps=config.steps,
+            save_every=config.save_every,
+        )
+        if params is None:
+            console.print(f"stopped by {stop.signal}; the same command continues this run.")
+            return None
+        flat = {jax.tree_util.keystr(p, simple=True, separator="/"): np.asarray(x) for p, x in _leaves(params)}
+        write_atomic(run.path / WEIGHTS, safetensors.save(flat))
+        run.finish(params=sum(x.size for x in flat.values()))
+        return _assemble(config, model, train, run)
+
+
+def _leaves(tree) -> list:
+    return jax.tree_util.tree_flatten_with_path(tree)[0]
+
+
+def _assemble(config: BaselineConfig, model: Model, train: Encoded, run: Run) -> Baseline:
+    if not config.trains:
+        return Baseline(config, model, one_shot_prefix(train) if config.method == "one-shot" else ())
+    template = jax.eval_shape(lambda: init_params(config, model))
+    saved = safetensors.load_file(run.path / WEIGHTS)
+    names = [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in _leaves(template)]
+    params = jax.tree.unflatten(jax.tree.structure(template), [jnp.asarray(saved[name]) for name in names])
+    return Baseline(config, apply(config, model, params), params=sum(x.size for x in saved.values()))
+
+
+def load_baseline(path: str | Path, *, model: Model | None = None) -> Baseline:
+    """Open a finished baseline run; ``model`` is the base, if it is loaded already."""
+    run = Run.open(path, finished=True)
+    saved = {name: value for name, value in run.config.items() if name != "data"}
+    config = BaselineConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
+    shared = config.fit_config
+    model = model or shared.load_model()
+    train = shared.load_data(shared.get_task(), model)["train"]
+    return _assemble(config, quantise(model, config.base_bits), train, run)
+
+
+def one_shot_prefix(train: Encoded) -> tuple[int, ...]:
+    """The training example of median length, its end-of-text token included: what stands before every prompt."""
+    row = int(np.argsort(train.lengths, kind="stable")[len(train) // 2])
+    return tuple(int(t) for t in train.ids[train.offsets[row] : train.offsets[row + 1]])

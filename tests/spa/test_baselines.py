@@ -1,0 +1,131 @@
+"""Baselines: adapters change nothing at first, count what they should, learn, and come back from their folders."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from mlfs_jax.backbone.tree import flatten
+from mlfs_jax.data.batches import eval_batches
+from mlfs_jax.errors import ConfigError, RunError
+from mlfs_jax.lora import init_lora
+from mlfs_jax.model import forward
+from mlfs_jax.vocab import Hidden, lm_loss
+from spa_jax.adapters import KINDS, adapted, count_adapters, init_adapters
+from spa_jax.baselines import BaselineConfig, budget, fit_baseline, init_params, load_baseline, quantise, shared_model
+from spa_jax.evaluate import evaluate_baseline
+from tests.mlfs.tiny import tiny_decoder, tiny_tokens
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture
+def config(tiny_lm, echo_task):
+    return BaselineConfig(
+        "lora", str(tiny_lm), str(echo_task), steps=40, learning_rate=1e-2, max_length=16, buckets=(16,), save_every=20
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters(kind):
+    model, batch = tiny_decoder(), tiny_tokens(tiny_decoder().config)
+    params = init_adapters(jax.random.key(0), model.config, kind, 5)
+    assert sum(x.size for x in params.values()) == count_adapters(model.config, kind, 5)
+    fresh, base = adapted(model, kind, params), forward(model.graphdef, model.base, batch).logits
+    np.testing.assert_array_equal(forward(fresh.graphdef, fresh.base, batch).logits, base)
+    # one block by hand: what the adapter adds is Up(act(Down(...))) of the right place
+    rng = np.random.default_rng(0)
+    noisy = {name: jnp.asarray(rng.normal(0, 0.3, x.shape), jnp.float32) for name, x in params.items()}
+    tuned = adapted(model, kind, noisy)
+    assert np.abs(forward(tuned.graphdef, tuned.base, batch).logits - base).max() > 0.01
+
+    def loss(params):
+        tuned = adapted(model, kind, params)
+        hidden = forward(tuned.graphdef, tuned.base, batch, logits=False).hidden
+        return lm_loss(Hidden(tuned.graphdef, tuned.base, hidden), batch)
+
+    assert not [name for name, g in jax.grad(loss)(noisy).items() if not np.abs(g).max() > 0]
+
+
+def test_all_train_about_as_much(config):
+    model = tiny_decoder(embed=64, mlp=128)
+    wanted = budget(config, model)
+    for method in ("lora", "adapter", "parallel-adapter"):
+        params = init_params(dataclasses.replace(config, method=method), model)
+        assert sum(x.size for x in jax.tree.leaves(params)) == pytest.approx(wanted, rel=0.35)
+    rank_one = sum(x.size for x in jax.tree.leaves(init_lora(jax.random.key(0), model, rank=1)))
+    lora = init_params(dataclasses.replace(config, params=3 * rank_one), model)
+    assert lora["layers.q"]["a"].shape[-1] == 3
+
+
+def test_shared_layers_are_one_set_of_weights(config):
+    model = tiny_decoder()
+    config = dataclasses.replace(config, method="shared", unique=2, repeats=2)
+    params = init_params(config, model)
+    small = shared_model(config, model, params)
+    assert small.config.layers == 4
+    up = small.base["layers"]["up"]["kernel"][...]
+    np.testing.assert_array_equal(up[0], up[1])
+    np.testing.assert_array_equal(up[2], model.base["layers"]["up"]["kernel"][...][2])
+    assert np.isfinite(forward(small.graphdef, small.base, tiny_tokens(model.config)).logits).all()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_rounded_base(bits):
+    model = tiny_decoder()
+    rounded = flatten(quantise(model, bits, group=8).base)
+    for name, leaf in flatten(model.base).items():
+        off = np.abs(np.asarray(rounded[name][...]) - np.asarray(leaf[...])).max()
+        if name.startswith("layers.") and name.endswith("kernel"):
+            assert 0 < off <= np.abs(leaf[...]).max() / (2 ** (bits - 1) - 1) / 1.99
+        else:
+            assert off == 0
+    q = np.asarray(rounded["layers.q.kernel"][...])[0].reshape(3, 8, -1)  # 3 groups of 8 inputs
+    levels = q / np.abs(q).max(1, keepdims=True) * (2 ** (bits - 1) - 1)
+    np.testing.assert_allclose(levels, levels.round(), atol=1e-3)
+
+
+def test_baselines_learn_and_come_back(config, tmp_path, tiny_lm):
+    def loss(model, data):
+        batch = eval_batches(data, 32, buckets=(16,))[0]
+        batch.pop("weight")
+        hidden = forward(model.graphdef, model.base, batch, logits=False).hidden
+        return float(lm_loss(Hidden(model.graphdef, model.base, hidden), batch))
+
+    zero = fit_baseline(dataclasses.replace(config, method="zero-shot"), tmp_path / "zero", console=QUIET)
+    test = config.fit_config.load_data(config.fit_config.get_task(), zero.model)["test"]
+    before = loss(zero.model, test)
+    for method in ("lora", "parallel-adapter", "shared"):
+        found = fit_baseline(dataclasses.replace(config, method=method), tmp_path / method, console=QUIET)
+        assert found.params > 0 and loss(found.model, test) < before - 0.2, method
+    opened = load_baseline(tmp_path / "parallel-adapter")
+    same = fit_baseline(opened.config, tmp_path / "parallel-adapter", console=QUIET)  # finished: left as it is
+    for a, b in zip(jax.tree.leaves(opened.model.base), jax.tree.leaves(same.model.base), strict=True):
+        np.testing.assert_array_equal(a, b)
+    scores = evaluate_baseline(zero, test.subset(8), batch_size=8)
+    assert {*scores} == {"rouge1", "rouge2", "rougeL", "tokens"} and scores["tokens"] > 0
+
+
+def test_one_shot_puts_an_example_before_the_prompt(config, tmp_path):
+    one = fit_baseline(dataclasses.replace(config, method="one-shot"), tmp_path / "one", console=QUIET)
+    assert one.prefix[-1] == 2 and len(one.prefix) >= 4  # a whole example, its end-of-text too
+    assert load_baseline(tmp_path / "one").prefix == one.prefix
+    with pytest.raises(RunError, match="method"):
+        fit_baseline(dataclasses.replace(config, method="zero-shot"), tmp_path / "one", console=QUIET)
+
+
+def test_mistakes(config, tmp_path):
+    for message, changes in {
+        "method = 'ia3'": {"method": "ia3"},
+        "base_bits = 5": {"base_bits": 5},
+        "params = 0": {"params": 0},
+        "steps = 0": {"steps": 0},
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            dataclasses.replace(config, **changes)
+    with pytest.raises(ConfigError, match="setting 's3'"):
+        fit_baseline(dataclasses.replace(config, method="lst"), tmp_path / "lst", console=QUIET)
+    assert dataclasses.replace(config, method="lst").fit_config.setting == "s3"
