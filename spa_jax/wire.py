@@ -262,3 +262,17 @@ def _unpack(cls: type, part: str, kind: Any, value: Any) -> Any:
         return kind.unpack(value)
     except Unfit as error:
         raise WireError(f"{name(cls)}.{part}: {error}.") from None
+
+
+def ending(token: int, stop: np.ndarray, left: int, room: int) -> str:
+    """What comes after a token (ENDS); both sides ask this of tokens that the device chose.
+
+    Args:
+        left: how many tokens were still wanted, this one included.
+        room: how many more tokens the session may read.
+    """
+    if token in stop:
+        return "stop"
+    if left <= 1:
+        return "limit"
+    return "more" if room >= 1 else "full"

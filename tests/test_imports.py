@@ -24,17 +24,18 @@ FLOORS = [
 ]
 SPA_FLOORS = [
     {"errors", "seam", "fields", "wire"},
-    {"side", "gate", "network"},
-    {"start", "model"},
-    {"decode", "plugin", "ladders", "score", "loop", "adapters"},
-    {"gate_fit"},
+    {"side", "gate", "network", "metrics", "budget", "channel"},
+    {"start", "model", "engine", "device"},
+    {"session", "decode", "plugin", "ladders", "score", "loop", "adapters"},
+    {"gate_fit", "cloud"},
     {"train"},
     {"baselines", "show"},
     {"evaluate"},
     {"cli"},
 ]
 # What a device runs: of spa_jax only these, and of mlfs_jax what has no weights of the base.
-DEVICE, FOR_DEVICE = {"errors", "seam", "side", "fields", "wire"}, {"errors", "config", "backbone"}
+DEVICE = {"errors", "seam", "side", "fields", "wire", "channel", "device"}
+FOR_DEVICE = {"errors", "config", "backbone"}
 
 PACKAGES = {"mlfs_jax": FLOORS, "spa_jax": SPA_FLOORS}
 FLOOR = {p: {name: h for h, names in enumerate(floors) for name in names} for p, floors in PACKAGES.items()}

@@ -1,0 +1,210 @@
+"""Two places, one text: over the network as in one process, whatever breaks on the way. Fake models, real sockets."""
+
+import asyncio
+import time
+
+import pytest
+
+from spa_jax.channel import DeviceConfig
+from spa_jax.errors import NetworkError
+from spa_jax.network import Proxy
+from spa_jax.wire import Taps
+from tests.spa.fake_models import FakeCloud, FakeDevice, solo
+from tests.spa.runtime import PROMPT, Liar, device, released, run, serving, write
+
+PLACEMENTS = {
+    "default": {},
+    "head on device": {"head": "device"},
+    "projected": {"public": "half"},
+    "projected, head on device": {"public": "half", "head": "device"},
+    "fp16": {"coding": "fp16"},
+    "small frames": {"frame_bytes": 1024},
+    "sparse": {"memory": "sparse"},
+    "stateless": {"memory": "stateless"},
+    "s1": {"setting": "s1", "gate": None},
+    "s3, head on device": {"setting": "s3", "gate": None, "head": "device"},
+    "always": {"threshold": 0.0},
+    "never": {"threshold": 2.0},
+}
+
+
+@pytest.mark.parametrize("case", PLACEMENTS)
+def test_texts_are_those_of_one_process(case):
+    """In every placement, in several turns, ended by a stop token, a limit or a full session."""
+    model = FakeDevice(wants=PLACEMENTS[case])
+
+    async def body():
+        history = []
+        async with serving(chunk=3) as cloud, device(cloud, model) as one:
+            for prompt, limit, stop in ((PROMPT, 12, ()), ([7, 8], 9, (1, 2, 3, 4, 5, 50)), ([3] * 11, 50, ())):
+                heard, first = [], not history
+                answer = await one.generate(prompt, limit, stop, lambda *new: heard.append(new))  # noqa: B023
+                history += prompt
+                texts, used, end = solo(history, limit, stop, model)
+                assert heard == list(zip(texts, used, strict=True)) and answer.used == used
+                assert answer.end == end and answer.tokens == (texts[:-1] if end == "stop" else texts)
+                assert answer.stats.round_trips == sum(used) and answer.stats.connections == first
+                history += texts
+                assert one.history == history
+            assert end == "full"
+
+    run(body)
+
+
+@pytest.mark.parametrize("case", ["default", "head on device", "sparse", "small frames"])
+def test_cut_at_each_frame(case):
+    """A 30-token answer, its link cut at every frame in turn, there and back: the same text, no position twice."""
+    model = FakeDevice(wants=PLACEMENTS[case])
+    texts, used, _ = solo(PROMPT, 30, device=model)
+
+    async def body():
+        async with serving(FakeCloud(slots=2)) as cloud:
+            async with Proxy(cloud.url) as whole:
+                assert (await write(whole.url, model)).tokens == texts
+            frames = whole.traffic.frames
+            assert frames > 40
+            for k in range(frames):
+                begin = time.perf_counter()
+                async with Proxy(cloud.url, cut={k}) as proxy:
+                    answer = await write(proxy.url, model)
+                assert (answer.tokens, answer.used) == (texts, used), k
+                assert answer.stats.connections == 2 or k >= frames - 2, k  # nothing is missed of a goodbye
+                assert time.perf_counter() - begin < 10
+            async with Proxy(cloud.url, cut=range(3, 200, 7)) as proxy:  # and again and again
+                answer = await write(proxy.url, model)
+                assert answer.tokens == texts and answer.stats.connections > 4
+            await released(cloud)
+
+    asyncio.run(asyncio.wait_for(body(), 120))
+
+
+def test_64_devices_at_once():
+    """Different plugins and placements on one cloud with fewer slots than devices; each text equals its solo run."""
+    wants = [{}, {"head": "device"}, {"public": "half"}, {"setting": "s1", "gate": None}, {"threshold": 2.0}]
+    models = [FakeDevice(secret=i, wants=wants[i % 5]) for i in range(64)]
+    cloud_model = FakeCloud(slots=48)
+
+    async def body():
+        async with serving(cloud_model) as cloud:
+            answers = await asyncio.gather(*(write(cloud.url, model, 20, config=DeviceConfig()) for model in models))
+            await released(cloud)
+            return answers, cloud.metrics
+
+    answers, metrics = run(body)
+    for model, answer in zip(models, answers, strict=True):
+        assert answer.tokens == solo(PROMPT, 20, device=model)[0]
+    assert len({tuple(answer.tokens) for answer in answers}) > 20
+    assert max(cloud_model.batches) > 16, "steps of concurrent sessions are batched"
+    assert metrics.get("tokens_total", by="side") + metrics.get("tokens_total", by="base") == 64 * 20
+    assert metrics.get("batch_fill_total") == sum(cloud_model.batches)
+
+
+def test_idle_sessions_lose_their_slot_and_resume():
+    """By time, and when another needs it; a chat goes on where it was."""
+
+    async def body():
+        async with serving(FakeCloud(slots=1), idle_s=0.2) as cloud, device(cloud) as one, device(cloud) as two:
+            texts = []
+            for who, pause in ((one, 0), (two, 0), (one, 0), (one, 0.5), (two, 0)):
+                await asyncio.sleep(pause)
+                history = [*who.history, *PROMPT]
+                answer = await who.generate(PROMPT, 5)
+                assert answer.tokens == solo(history, 5)[0]
+                texts.append(answer.stats.connections)
+            return texts, cloud.metrics.get("evictions_total")
+
+    connections, evictions = run(body)
+    assert connections == [1, 1, 0, 0, 0] and evictions >= 4
+
+
+def test_a_full_server_says_so():
+    async def body():
+        async with serving(FakeCloud(slots=1), queue_s=0.1, reply_s=3) as cloud, Liar(cloud, threshold=0.0) as liar:
+            await liar.begin()
+            await liar.until(Taps)  # holds the slot, and does not answer
+            patience = DeviceConfig(retries=1, backoff_s=0.01)
+            with pytest.raises(NetworkError, match=r"\(busy\): all sessions of this server are in use") as error:
+                await write(cloud.url, config=patience)
+        async with serving(connections=1) as cloud, Liar(cloud), device(cloud, config=patience) as one:
+            with pytest.raises(NetworkError, match="503: busy: 1 connections are open"):
+                await one.generate(PROMPT, 5)
+        return error.value.code
+
+    assert run(body) == "busy"
+
+
+def test_a_slow_server_and_a_stalled_link_end_with_what_there_is():
+    async def body():
+        hasty = DeviceConfig(answer_s=0.4)
+        async with serving(FakeCloud(seconds=0.02)) as cloud:
+            slow = await write(cloud.url, limit=60, config=hasty)
+        async with serving() as cloud, Proxy(cloud.url, stall=20) as proxy:
+            begin = time.perf_counter()
+            stalled = await write(proxy.url, config=DeviceConfig(connect_s=0.2, reply_s=0.2, retries=1))
+            return slow, stalled, time.perf_counter() - begin
+
+    slow, stalled, seconds = run(body)
+    whole = solo(PROMPT, 60)[0]
+    for answer in (slow, stalled):
+        assert answer.end == "timeout" and 0 < len(answer.tokens) < 60 and answer.note
+        assert answer.tokens == whole[: len(answer.tokens)]
+    assert seconds < 10
+
+
+def test_without_a_server():
+    async def body():
+        none = "ws://127.0.0.1:9"
+        patience = DeviceConfig(retries=1, backoff_s=0.01)
+        with pytest.raises(NetworkError, match=r"no connection to ws://127.0.0.1:9: .* Is the server .* running"):
+            await write(none, config=patience)
+        return await write(none, limit=5, config=patience, fallback=lambda history, limit, stop: range(40, 60))
+
+    answer = run(body)
+    assert answer.tokens == [40, 41, 42, 43, 44] and (answer.local, answer.end) == (5, "limit")
+    assert answer.note.endswith("The device went on with its own model.")
+
+
+def test_server_gone_in_the_middle_goes_on_locally():
+    """The fallback gets all tokens so far; when the server is back, the next text is the cloud's again."""
+    asked = []
+
+    def fallback(history, limit, stop):
+        asked.append((history, limit, stop))
+        return iter([50, 51, 2, 52])
+
+    async def body():
+        async with serving() as cloud:
+            proxy = Proxy(cloud.url, stall=30)
+            async with (
+                proxy,
+                device(proxy, config=DeviceConfig(connect_s=0.2, reply_s=0.2, retries=1), fallback=fallback) as one,
+            ):
+                answer = await one.generate(PROMPT, 30, [2])
+                proxy.stall = None
+                history = list(one.history)
+                again = await one.generate([8], 6)
+            return answer, history, again
+
+    answer, history, again = run(body)
+    whole = solo(PROMPT, 30, [2])[0]
+    written = len(answer.tokens) - 2
+    assert (
+        answer.tokens == [*whole[:written], 50, 51] and 0 < written < 30 and (answer.local, answer.end) == (2, "stop")
+    )
+    assert asked == [([*PROMPT, *whole[:written]], 30 - written, [2])]
+    assert history == [*PROMPT, *whole[:written], 50, 51, 2]
+    assert again.tokens == solo([*history, 8], 6)[0] and again.local == 0
+
+
+def test_a_failing_model_ends_its_sessions_not_the_server():
+    model = FakeCloud()
+
+    async def body():
+        async with serving(model) as cloud:
+            model.fails = True
+            with pytest.raises(NetworkError, match=r"\(internal\): the server failed at this"):
+                await write(cloud.url, config=DeviceConfig(retries=1, backoff_s=0.01))
+            model.fails = False
+            return (await write(cloud.url)).tokens, cloud.metrics.get("errors_total", code="internal")
+
+    assert run(body) == (solo(PROMPT, 30)[0], 2)
