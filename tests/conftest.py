@@ -4,6 +4,7 @@ import hashlib
 import os
 import platform
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 from hypothesis import HealthCheck, settings
@@ -14,6 +15,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
+
+# Most programs of the tests are small and run once: compile them quickly rather than well (three times as fast). XLA
+# ends the process at a flag that it does not know, so the last one only where it was tried.
+if "XLA_FLAGS" not in os.environ and os.environ["JAX_PLATFORMS"] == "cpu":
+    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    if version("jaxlib").startswith("0.10."):
+        quick += " --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = quick
 
 
 def _cpu() -> str:
