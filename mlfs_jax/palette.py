@@ -24,7 +24,7 @@ from mlfs_jax.hf.reshape import nearest_fit
 from mlfs_jax.run import write_json
 from mlfs_jax.slicing import slice_subnet
 from mlfs_jax.subnet import Subnet, num_params
-from mlfs_jax.timing import compile_decode, compile_forward, device_name, time_in_turn
+from mlfs_jax.timing import compile_decode, compile_forward, count_flops, device_name, time_in_turn
 from mlfs_jax.train import Fitted
 
 FILE = "palette.json"
@@ -38,7 +38,7 @@ class PaletteRow:
     Attributes:
         params: all its parameters, the embedding tables and the head too.
         params_body: its parameters without the embedding tables.
-        params_exported: all parameters of its Hugging Face checkpoint, padding included.
+        params_exported: all parameters of its Hugging Face checkpoint, padding included; None: there can be none.
         flops: of one sequence of the palette's length (2 per multiply-add), counted by the compiler.
         latency_ms: batch size -> milliseconds of one forward pass; the median over rounds.
         latency_ratio: batch size -> its time as a share of the maxnet's in the same round; the median over rounds.
@@ -52,7 +52,7 @@ class PaletteRow:
     subnet: Subnet
     params: int
     params_body: int
-    params_exported: int
+    params_exported: int | None
     flops: int
     latency_ms: Mapping[int, float]
     latency_ratio: Mapping[int, float]
@@ -143,7 +143,8 @@ class Palette:
             table.add_column(column.replace("[", "\\["), justify="right", no_wrap=True)
         for row in self.rows:
             times = (f"{row.latency_ms[b]:.3g} ({row.latency_ratio[b]:.2f})" for b in row.latency_ms)
-            millions = (f"{n / 1e6:.2f}" for n in (row.params, row.params_body, row.params_exported))
+            counts = (row.params, row.params_body, row.params_exported)
+            millions = ("none" if n is None else f"{n / 1e6:.2f}" for n in counts)
             sizes = (*millions, f"{row.flops / 1e9:.3f}")
             scores = [
                 f"{row.score:.3f}",
@@ -265,15 +266,9 @@ def measure(
     merged = fitted.merged
     models = {name: slice_subnet(merged, subnet) for name, subnet in chosen.items()}
     calls: dict[str, dict[int, Callable[[], object]]] = {}
-    flops = {}
     for name, model in models.items():
         advance(f"compiling {name}")
-        calls[name] = {}
-        for size in batch_sizes:
-            call, count = compile_forward(model, size, length)
-            calls[name][size] = call
-            if size == batch_sizes[0]:  # the count is linear in the batch
-                flops[name] = round(count / size)
+        calls[name] = {size: compile_forward(model, size, length) for size in batch_sizes}
     times, decoding = {}, {}
     for size in batch_sizes:
         advance(f"timing at batch {size}")
@@ -297,7 +292,7 @@ def measure(
                 params=num_params(config, subnet, embeddings=True),
                 params_body=num_params(config, subnet),
                 params_exported=_exported(model.config),
-                flops=flops[name],
+                flops=count_flops(model.config, length),
                 latency_ms={b: 1e3 * statistics.median(times[b][name]) for b in batch_sizes},
                 latency_ratio={b: statistics.median(ratios[b]) for b in batch_sizes},
                 score=scores[metric],
@@ -319,8 +314,11 @@ def measure(
     )
 
 
-def _exported(config: EncoderConfig) -> int:
-    return num_params(nearest_fit(config).config, embeddings=True)
+def _exported(config: Config) -> int | None:
+    try:
+        return num_params(nearest_fit(config).config, embeddings=True)
+    except ConfigError:
+        return None
 
 
 def _commonest(examples: Encoded) -> float:

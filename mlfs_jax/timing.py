@@ -12,26 +12,48 @@ import jax
 import numpy as np
 
 from mlfs_jax.backbone.cache import init_cache
-from mlfs_jax.model import Model, forward
+from mlfs_jax.config import Config
+from mlfs_jax.model import Model, abstract, forward
 
 LEAST_ROUNDS, MOST_ROUNDS = 5, 50
 
 
-def compile_forward(model: Model, size: int, length: int) -> tuple[Callable[[], object], float]:
-    """A call that runs the model once on ``size`` full sequences, and the FLOPs of that.
+UNROLLED = 12
+"""Layers up to which programs are unrolled, as a deployment would: a deeper scan takes minutes to compile so."""
 
-    The layers are unrolled: the compiler counts the body of a scan once, and unrolled is how a deployment would run.
-    """
+
+def compile_forward(model: Model, size: int, length: int) -> Callable[[], object]:
+    """A call that runs the model once on ``size`` full sequences."""
     ids = np.random.default_rng(0).integers(model.config.vocab_size, size=(size, length), dtype=np.int32)
-    batch = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-    if getattr(model.config, "type_vocab", 0):
-        batch["token_type_ids"] = np.zeros_like(ids)
-    batch = jax.device_put(batch)
-    lowered = forward.lower(model.graphdef, model.base, batch, unroll=True)
-    compiled = lowered.compile()
-    cost = compiled.cost_analysis() or lowered.cost_analysis()  # not every backend counts what it compiled
-    flops = cost["flops"]
-    return lambda: jax.block_until_ready(compiled(model.base, batch).logits), flops
+    ones = {"attention_mask": np.ones_like(ids)}
+    batch = jax.device_put(_inputs(model.config, ids) | ones)
+    compiled = forward.lower(model.graphdef, model.base, batch, unroll=model.config.layers <= UNROLLED).compile()
+    return lambda: jax.block_until_ready(compiled(model.base, batch).logits)
+
+
+def count_flops(config: Config, length: int) -> int:
+    """FLOPs of one sequence through a network of this shape, as the compiler counts them (2 per multiply-add).
+
+    The compiler counts the body of a scan once, so one and two layers are compiled, without weights, and the
+    difference is a layer.
+    """
+
+    def flops(layers: int) -> float:
+        windows = {"windows": config.windows[:layers]} if getattr(config, "windows", ()) else {}
+        graphdef, base = abstract(config.replace(layers=layers, **windows))
+        ids = jax.ShapeDtypeStruct((1, length), np.int32)
+        lowered = forward.lower(graphdef, base, _inputs(config, ids), unroll=True)
+        cost = lowered.compile().cost_analysis() or lowered.cost_analysis()  # not every backend counts what it compiled
+        return cost["flops"]
+
+    one = flops(1)
+    return round(one if config.layers == 1 else one + (config.layers - 1) * (flops(2) - one))
+
+
+def _inputs(config: Config, ids) -> dict:
+    """A batch of full sequences."""
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    return dict.fromkeys(names if getattr(config, "type_vocab", 0) else names[:2], ids)
 
 
 def compile_decode(model: Model, size: int, length: int) -> Callable[[], object]:
@@ -39,9 +61,9 @@ def compile_decode(model: Model, size: int, length: int) -> Callable[[], object]
 
     All slots are attended to, so that is the cost of the last token of a text of that length.
     """
-    cache = init_cache(model.config, size, length)
+    cache, unroll = init_cache(model.config, size, length), model.config.layers <= UNROLLED
     batch = jax.device_put({"input_ids": np.ones((size, 1), np.int32)})
-    compiled = forward.lower(model.graphdef, model.base, batch, cache=cache, unroll=True).compile()
+    compiled = forward.lower(model.graphdef, model.base, batch, cache=cache, unroll=unroll).compile()
     return lambda: jax.block_until_ready(compiled(model.base, batch, cache=cache).logits)
 
 

@@ -147,7 +147,7 @@ def test_help_of_fit_shows_every_field_and_the_presets_defaults(capsys):
 def test_flags_override_the_preset(monkeypatch, tmp_path):
     """What is not given comes from the preset, what is given wins, wherever --preset stands."""
     seen = []
-    monkeypatch.setattr("mlfs_jax.train.fit", lambda config, out: seen.append(config))
+    monkeypatch.setattr("mlfs_jax.train.fit", lambda config, out, mesh: seen.append(config))
     given = ["fit", "--model", "m", "--task", "t", "--out", str(tmp_path), "--rank", "3"]
     assert main([*given, "--preset", "demo", "--steps", "7", "8", "9"]) == 130  # None: it was stopped
     assert main([*given, "--preset=full", "--distill.tau", "3"]) == 130

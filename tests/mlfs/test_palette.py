@@ -7,10 +7,11 @@ import pytest
 
 from mlfs_jax.errors import ConfigError, RunError, SubnetError, UnknownNameError
 from mlfs_jax.evaluate import evaluate
+from mlfs_jax.model import forward
 from mlfs_jax.palette import FILE, Palette, all_subnets, measure, shape
 from mlfs_jax.slicing import slice_subnet
 from mlfs_jax.subnet import Subnet, num_flops, num_params
-from mlfs_jax.timing import MOST_ROUNDS, compile_forward, time_in_turn
+from mlfs_jax.timing import MOST_ROUNDS, count_flops, time_in_turn
 from mlfs_jax.train import load_run
 from tests.mlfs.tiny import tiny_model
 
@@ -44,8 +45,11 @@ def test_flops_are_those_of_the_matrix_products():
     model = tiny_model("bert", embed=96, heads=4, head_dim=24, mlp=384, max_positions=64)
     for subnet in (None, Subnet(96, (2, 2), (192, 192), (0, 2))):
         small = model if subnet is None else slice_subnet(model, subnet)
-        expected = num_flops(model.config, subnet, length=64)
-        assert compile_forward(small, 2, 64)[1] / 2 == pytest.approx(expected, rel=0.06)
+        counted = count_flops(small.config, 64)
+        assert counted == pytest.approx(num_flops(model.config, subnet, length=64), rel=0.06)
+        batch = {name: np.ones((1, 64), np.int32) for name in ("input_ids", "attention_mask", "token_type_ids")}
+        whole = forward.lower(small.graphdef, small.base, batch, unroll=True).compile().cost_analysis()["flops"]
+        assert counted == pytest.approx(whole, rel=0.01)
 
 
 def test_maxnet_is_always_measured_and_others_by_name_or_sizes(fitted):
