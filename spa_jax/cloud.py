@@ -52,7 +52,7 @@ class CloudConfig:
         idle_s: before an idle session loses its slot; it resumes by replay.
         linger_s: before an idle connection is closed.
         connections: at a time; None: four for each slot, and 16.
-        chunk: tokens of a prompt that are read between two steps of the others.
+        waiting_bytes: activations of a session that wait until its device needs them; more are sent ahead.
         tls_cert, tls_key: PEM files; both or neither.
     """
 
@@ -66,7 +66,7 @@ class CloudConfig:
     idle_s: float = 60.0
     linger_s: float = 600.0
     connections: int | None = None
-    chunk: int = 64
+    waiting_bytes: int = 16 * 2**20
     tls_cert: Path | None = None
     tls_key: Path | None = None
 
@@ -74,10 +74,8 @@ class CloudConfig:
         for name in ("hello_s", "reply_s", "send_s", "queue_s", "idle_s", "linger_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} = {getattr(self, name)}: expected seconds, more than 0.")
-        if self.frame_bytes < 1024 or self.chunk < 1:
-            raise ConfigError(
-                f"frame_bytes = {self.frame_bytes}, chunk = {self.chunk}: expected at least 1024 bytes and one token."
-            )
+        if self.frame_bytes < 1024:
+            raise ConfigError(f"frame_bytes = {self.frame_bytes}: expected at least 1024.")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ConfigError("TLS needs a certificate and its key; give both tls_cert and tls_key, or neither.")
 
@@ -149,7 +147,7 @@ class Cloud:
         self._ssl = server_tls(self.config)
         self.metrics = Metrics()
         describe_metrics(self.metrics)
-        self.engine = Engine(model, self.metrics, self.config.chunk)
+        self.engine = Engine(model, self.metrics)
         self.slots = Slots(model.slots, self.metrics)
         self._connections = 0
 

@@ -2,8 +2,7 @@
 
 Every session is a coroutine that asks for one thing at a time: :meth:`Engine.read` tokens, :meth:`Engine.finish` a
 token with what the device answered. The engine takes all that waits, runs it as one batch in its own thread, and goes
-round again: continuous batching over a fixed number of slots. Long prompts are read in chunks between the steps of the
-others.
+round again: continuous batching over a fixed number of slots. Between two steps one chunk of one prompt is read.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -47,6 +46,7 @@ class CloudModel(Protocol):
         vocab, embed, layers: of the base.
         slots: sessions at a time.
         context: tokens that one may hold.
+        chunk: tokens of a prompt that are read at once.
     """
 
     fingerprint: str
@@ -55,6 +55,7 @@ class CloudModel(Protocol):
     layers: int
     slots: int
     context: int
+    chunk: int
 
     def open(self, slot: int, terms: Hello) -> None:
         """A slot begins anew, with this device's gate and taps; raises PluginError for what cannot be."""
@@ -74,14 +75,13 @@ class _Job:
     slot: int
     payload: Any
     done: asyncio.Future
-    read: list[Read] = field(default_factory=list)
 
 
 class Engine:
     """Runs a model for its sessions, from :meth:`run`."""
 
-    def __init__(self, model: CloudModel, metrics: Metrics, chunk: int = 64):
-        self.model, self.metrics, self.chunk = model, metrics, chunk
+    def __init__(self, model: CloudModel, metrics: Metrics):
+        self.model, self.metrics = model, metrics
         self._prompts: list[_Job] = []
         self._steps: list[_Job] = []
         self._answers: list[_Job] = []
@@ -96,7 +96,7 @@ class Engine:
         await self._call(self.model.open, slot, terms)
 
     async def read(self, slot: int, tokens: Sequence[int]) -> Read:
-        """Read tokens in a slot: one is a step, more are a prompt."""
+        """Read tokens in a slot: one is a step; more, at most ``model.chunk``, are a part of a prompt."""
         return await self._ask(self._prompts if len(tokens) > 1 else self._steps, slot, list(tokens))
 
     async def finish(self, slot: int, g: np.ndarray) -> int:
@@ -135,22 +135,8 @@ class Engine:
         while self._prompts and self._prompts[0].done.cancelled():
             self._prompts.pop(0)
         if self._prompts:
-            await self._read_chunk(self._prompts.pop(0))
-
-    async def _read_chunk(self, job: _Job) -> None:
-        """The next part of a prompt, which then queues behind the others."""
-        chunk, job.payload = job.payload[: self.chunk], job.payload[self.chunk :]
-        try:
-            job.read.append(await self._call(self.model.extend, job.slot, chunk))
-        except Exception as error:
-            _settle(job.done, error)
-            return
-        if job.payload:
-            self._prompts.append(job)
-            return
-        gate = np.concatenate([read.gate for read in job.read])
-        taps = np.concatenate([read.taps for read in job.read], 1)
-        _settle(job.done, Read(job.read[-1].token, gate, taps, job.read[-1].hidden))
+            job = self._prompts.pop(0)
+            await self._batch([job], lambda: [self.model.extend(job.slot, job.payload)])
 
     async def _batch(self, jobs: list[_Job], call: Callable[[], list]) -> None:
         try:

@@ -45,7 +45,7 @@ class Waiting:
     """What the device has not been sent yet and may have to be, squeezed as it will travel.
 
     "lazy" memory: everything since the last delivery. "sparse": the positions that the gate chose. "stateless": the
-    newest position only. At most ``context`` positions wait, of (n + 1) D numbers each.
+    newest position only.
     """
 
     def __init__(self, memory: str, coding: str):
@@ -65,15 +65,22 @@ class Waiting:
             self.positions += [first + t for t in keep]
             self.taps += [kept[:, [i]] for i in range(len(keep))]
 
-    def collect(self, most: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """All of it, as (positions, taps) of at most ``most`` bytes each; nothing waits any more."""
-        each = self.taps[0].nbytes + 8
-        count = max(1, most // each)
+    @property
+    def nbytes(self) -> int:
+        return len(self.taps) * self.taps[0].nbytes if self.taps else 0
+
+    def collect(self, most: int, keep: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
+        """All but the last ``keep`` positions, as (positions, taps) of at most ``most`` bytes each; they are gone."""
+        end = len(self.taps) - keep
+        count = max(1, most // (self.taps[0].nbytes + 8))
         parts = [
-            (np.array(self.positions[i : i + count]), expand(np.concatenate(self.taps[i : i + count], 1)))
-            for i in range(0, len(self.positions), count)
+            (
+                np.array(self.positions[i : min(i + count, end)]),
+                expand(np.concatenate(self.taps[i : min(i + count, end)], 1)),
+            )
+            for i in range(0, end, count)
         ]
-        self.clear()
+        del self.positions[:end], self.taps[:end]
         return parts
 
     def clear(self) -> None:
@@ -267,23 +274,33 @@ class Session:
         return not self.gated or probability >= self.terms.threshold
 
     async def _read(self, tokens: list[int], seen: int = 0) -> Read:
-        """Read tokens; what the device may have to see of them waits."""
-        read = await self.engine.read(self.slot, tokens)
-        sigma = read.gate >= self.terms.threshold if self.gated else np.ones(len(tokens), bool)
-        self.waiting.add(self.length, read.taps, sigma, seen)
-        self.length += len(tokens)
+        """Read tokens, in chunks; what the device may have to see of them waits, or is sent ahead when it is much."""
+        for i in range(0, len(tokens), self.model.chunk):
+            chunk = tokens[i : i + self.model.chunk]
+            read = await self.engine.read(self.slot, chunk)
+            sigma = read.gate >= self.terms.threshold if self.gated else np.ones(len(chunk), bool)
+            self.waiting.add(self.length, read.taps, sigma, seen)
+            self.length += len(chunk)
+            if self.waiting.nbytes > self.config.waiting_bytes:
+                for positions, taps in self.waiting.collect(self._most, keep=1):
+                    await self.send(Taps(positions, False, taps, None))
         self.unread = []
         return read
+
+    @property
+    def _most(self) -> int:
+        """Bytes of activations that fit in a frame."""
+        head = 4 * self.model.embed * (self.terms.head == "device")
+        return min(self.config.frame_bytes, self.terms.frame_bytes) - 256 - head
 
     async def _ask(self, read: Read) -> tuple[int, bool]:
         """A round trip: the token, and whether the device knows it already."""
         begin, at_device = time.perf_counter(), self.terms.head == "device"
-        most = min(self.config.frame_bytes, self.terms.frame_bytes) - 256 - 4 * self.model.embed * at_device
         last = self.length - 1
         if not self.waiting.positions or self.waiting.positions[-1] != last:
             # a budget held the gate back before, or the gate of a sparse memory is on the edge: it is needed now
             self.waiting.add(last, read.taps[:, -1:], [True], 0)
-        parts = self.waiting.collect(most)
+        parts = self.waiting.collect(self._most)
         for i, (positions, taps) in enumerate(parts):
             due = i == len(parts) - 1
             await self.send(Taps(positions, due, taps, read.hidden if due and at_device else None))

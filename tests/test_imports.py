@@ -23,18 +23,18 @@ FLOORS = [
     {"cli"},
 ]
 SPA_FLOORS = [
-    {"errors", "seam", "fields", "wire"},
+    {"errors", "seam", "fields", "wire", "public"},
     {"side", "gate", "network", "metrics", "budget", "channel"},
-    {"start", "model", "engine", "device"},
+    {"start", "model", "engine", "device", "device_model"},
     {"session", "decode", "plugin", "ladders", "score", "loop", "adapters"},
-    {"gate_fit", "cloud"},
+    {"gate_fit", "cloud", "cloud_model"},
     {"train"},
     {"baselines", "show"},
     {"evaluate"},
     {"cli"},
 ]
 # What a device runs: of spa_jax only these, and of mlfs_jax what has no weights of the base.
-DEVICE = {"errors", "seam", "side", "fields", "wire", "channel", "device"}
+DEVICE = {"errors", "seam", "side", "fields", "wire", "public", "channel", "device", "device_model"}
 FOR_DEVICE = {"errors", "config", "backbone"}
 
 PACKAGES = {"mlfs_jax": FLOORS, "spa_jax": SPA_FLOORS}

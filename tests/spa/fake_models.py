@@ -48,6 +48,7 @@ class FakeCloud:
     vocab: int = VOCAB
     embed: int = D
     layers: int = LAYERS
+    chunk: int = 3
     seconds: float = 0.0
     batches: list[int] = field(default_factory=list)
     fails: bool = False

@@ -19,6 +19,7 @@ PLACEMENTS = {
     "projected, head on device": {"public": "half", "head": "device"},
     "fp16": {"coding": "fp16"},
     "small frames": {"frame_bytes": 1024},
+    "sent ahead": {"threshold": 0.8},
     "sparse": {"memory": "sparse"},
     "stateless": {"memory": "stateless"},
     "s1": {"setting": "s1", "gate": None},
@@ -35,7 +36,8 @@ def test_texts_are_those_of_one_process(case):
 
     async def body():
         history = []
-        async with serving(chunk=3) as cloud, device(cloud, model) as one:
+        ahead = {"waiting_bytes": 1000} if case == "sent ahead" else {}
+        async with serving(**ahead) as cloud, device(cloud, model) as one:
             for prompt, limit, stop in ((PROMPT, 12, ()), ([7, 8], 9, (1, 2, 3, 4, 5, 50)), ([3] * 11, 50, ())):
                 heard, first = [], not history
                 answer = await one.generate(prompt, limit, stop, lambda *new: heard.append(new))  # noqa: B023

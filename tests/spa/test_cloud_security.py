@@ -17,7 +17,7 @@ from spa_jax.metrics import Metrics
 from spa_jax.network import Link, Proxy
 from spa_jax.wire import FROM_DEVICE, Bye, Hello, Prefill, Resume, SideState, Step, decode
 from tests.spa.fake_models import GATE, FakeCloud, FakeDevice, solo
-from tests.spa.runtime import PROMPT, QUICK, TOKEN, device, run, serving, write
+from tests.spa.runtime import PROMPT, QUICK, TOKEN, check_no_weights, device, run, serving, write
 
 
 @pytest.fixture(scope="module")
@@ -97,15 +97,6 @@ def test_no_weight_of_a_plugin_is_ever_sent(case):
     answer = Step if model.terms().head == "device" else SideState
     assert {Hello, Resume, answer} <= kinds <= {Hello, Prefill, Resume, answer, Bye}
     assert all(np.array_equal(message.gate, GATE) for message in up if isinstance(message, Hello))
-
-
-def check_no_weights(captured: list, weights: list[np.ndarray]) -> None:
-    """None of the rows of any weight is in what was sent, in any of the precisions that travel."""
-    sent = b"".join(data for _, data in captured)
-    for weight in weights:
-        for row in weight.reshape(-1, weight.shape[-1]):
-            for cast in (np.float32, np.float16):
-                assert row[:4].astype(cast).tobytes() not in sent
 
 
 def test_logs_hold_no_text(caplog):
