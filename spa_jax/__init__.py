@@ -7,6 +7,7 @@ from mlfs_jax import __version__  # noqa: F401  one version for both packages
 # name -> where it lives; imported when it is first used (PEP 562), so that `spa --help` does not wait for jax
 _HOME = {
     "baselines": ("BaselineConfig", "fit_baseline"),
+    "config": ("FitConfig",),
     "decode": ("SideGenerated", "Split", "generate"),
     "evaluate": ("evaluate_baseline", "evaluate_plugin", "evaluate_run"),
     "gate": ("choose_threshold",),
@@ -17,7 +18,7 @@ _HOME = {
     "seam": ("Frame", "Setting"),
     "side": ("Side", "SideCache", "SideConfig", "device_step", "init_side_cache", "lift", "project", "side_axes"),
     "start": ("init_side",),
-    "train": ("FitConfig", "fit", "fit_users", "load_run"),
+    "train": ("fit", "fit_users", "load_run"),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 

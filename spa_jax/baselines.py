@@ -37,9 +37,9 @@ from mlfs_jax.stages import Stage
 from mlfs_jax.supernet import TrainState
 from mlfs_jax.vocab import Hidden, lm_distill_loss, lm_loss
 from spa_jax.adapters import adapted, count_adapters, init_adapters
+from spa_jax.config import FitConfig, from_anywhere
 from spa_jax.loop import train_loop
 from spa_jax.side import SideConfig, abstract_net
-from spa_jax.train import FitConfig, from_anywhere
 
 METHODS = ("lora", "adapter", "parallel-adapter", "lst", "one-shot", "zero-shot", "shared")
 TRAINED = ("lora", "adapter", "parallel-adapter", "shared")

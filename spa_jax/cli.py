@@ -53,7 +53,7 @@ def _run(command: str, args: list[str]) -> int:
 
 
 def _fit():
-    from spa_jax.train import FitConfig
+    from spa_jax.config import FitConfig
 
     def fit(
         config: Annotated[FitConfig, tyro.conf.arg(name="")] = FitConfig(model=tyro.MISSING, task=tyro.MISSING),  # noqa: B008

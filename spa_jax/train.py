@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -25,145 +25,27 @@ from jaxtyping import Array, Float
 from rich.console import Console
 
 from mlfs_jax.checkpoint import Checkpoints
-from mlfs_jax.data.batches import BUCKETS, Batches
-from mlfs_jax.data.encode import Encoded, fingerprint, load_task
-from mlfs_jax.data.tasks import Task, get_task, task_names
+from mlfs_jax.data.batches import Batches
+from mlfs_jax.data.encode import Encoded, fingerprint
 from mlfs_jax.errors import ConfigError
-from mlfs_jax.hf.load import from_pretrained
 from mlfs_jax.importance import Importance, measure_importance
 from mlfs_jax.model import Model
 from mlfs_jax.model import forward as forward_base
-from mlfs_jax.registry import ENTRIES, cache_dir
+from mlfs_jax.registry import cache_dir
 from mlfs_jax.run import Preemption, Run, preemption
-from mlfs_jax.stages import Stage
 from mlfs_jax.supernet import TrainState
 from mlfs_jax.vocab import CHUNK, Hidden, lm_loss
+from spa_jax.config import FitConfig, from_json
 from spa_jax.gate import ALWAYS, calibration_curve, choose_threshold
-from spa_jax.gate_fit import GateConfig, fit_gate
+from spa_jax.gate_fit import fit_gate
 from spa_jax.ladders import LadderCache
 from spa_jax.loop import progress, train_loop
 from spa_jax.model import cloud_step
 from spa_jax.plugin import WEIGHTS, Plugin, base_fingerprint, load_plugin, save_plugin, tokenizer_fingerprint
 from spa_jax.score import TokenScores, score_tokens
 from spa_jax.seam import Frame, Setting
-from spa_jax.side import Side, SideConfig, device_step
+from spa_jax.side import Side, device_step
 from spa_jax.start import init_side
-
-STARTS = ("sliced", "random")
-TAPS = ("off", "ram", "disk")
-
-
-@dataclass(frozen=True)
-class FitConfig:
-    """Everything that decides what a run computes; a run folder only ever continues with the same one.
-
-    Attributes:
-        model: a name of the catalogue, a hub id, a local Hugging Face directory, or a GGUF file.
-        task: a language task's name, or a .jsonl file with prompt, completion and perhaps user.
-        setting: spa, s1 (always f + g), s2 (the gate picks f or g) or s3 (g alone: LST).
-        user: only this user's examples.
-        seed: of new weights and of the order of the data.
-        steps: optimizer steps of the side network.
-        learning_rate: the peak: linear warm-up, then cosine to 0.
-        batch_size: examples in a step.
-        side: shape of the side network.
-        start: "sliced" out of the backbone by importance, or "random"; by default sliced for a ladder.
-        importance_examples: training examples that the importance is measured on.
-        gate: how the gate is trained and set.
-        cache_taps: "ram" or "disk": the backbone runs once over each example, and an epoch costs the side network only.
-        cache_gb: the most that cached taps may take.
-        taps_folder: for "disk": where, to be kept for other runs on the same data; by default in the run's folder,
-            until the run is finished.
-        max_length: tokens of prompt and completion; the default is the task's.
-        buckets: lengths that batches are padded to (each is one more compile of the step).
-        limit: at most this many examples of each split.
-        save_every: steps between checkpoints.
-    """
-
-    model: str
-    task: str
-    setting: str = "spa"
-    user: str | None = None
-    seed: int = 0
-    steps: int = 600
-    learning_rate: float = 3e-3
-    batch_size: int = 16
-    side: SideConfig = field(default_factory=SideConfig)
-    start: str | None = None
-    importance_examples: int = 64
-    gate: GateConfig = field(default_factory=GateConfig)
-    cache_taps: str = "off"
-    cache_gb: float = 8.0
-    taps_folder: str | None = None
-    max_length: int | None = None
-    buckets: tuple[int, ...] = BUCKETS
-    limit: int | None = None
-    save_every: int = 100
-
-    def __post_init__(self):
-        Setting.parse(self.setting)
-        for name, least in (
-            ("steps", 1),
-            ("batch_size", 1),
-            ("seed", 0),
-            ("save_every", 1),
-            ("importance_examples", 1),
-        ):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} = {getattr(self, name)}: expected at least {least}.")
-        if self.start not in (None, *STARTS) or (self.start == "sliced" and self.side.ladder == "plugin"):
-            raise ConfigError(
-                f"start = {self.start!r} of a {self.side.ladder}: expected 'sliced' (ladders) or 'random'."
-            )
-        if self.cache_taps not in TAPS:
-            raise ConfigError(f"cache_taps = {self.cache_taps!r}: expected one of {', '.join(TAPS)}.")
-        if self.user is not None and not self.user.strip():
-            raise ConfigError("user is empty: name the user whose examples the plugin is made of, or leave user out.")
-
-    @property
-    def optimizer(self) -> optax.GradientTransformation:
-        return Stage("side", "maxnet", self.steps, self.learning_rate).optimizer()
-
-    @property
-    def sliced(self) -> bool:
-        return (self.start or "sliced") == "sliced" and self.side.ladder == "ladder"
-
-    def anywhere(self) -> FitConfig:
-        """The same with local paths in full, so that the run folder opens from anywhere."""
-        taps = self.taps_folder and str(Path(self.taps_folder).expanduser().absolute())
-        return dataclasses.replace(
-            self, model=from_anywhere(self.model), task=from_anywhere(self.task), taps_folder=taps
-        )
-
-    def get_task(self) -> Task:
-        task = get_task(self.task)
-        if not task.is_language:
-            raise ConfigError(
-                f"{self.task} is a {task.problem} task: a side network continues texts; give a language task."
-            )
-        return task
-
-    def load_model(self) -> Model:
-        return from_pretrained(self.model, head="lm")
-
-    def load_data(self, task: Task, model: Model) -> dict[str, Encoded]:
-        """The task, encoded by the tokenizer in the model's folder; of one user, if one is named."""
-        data = load_task(task, model.source, max_length=self.max_length, limit=self.limit)
-        return data if self.user is None else {split: encoded.of_user(self.user) for split, encoded in data.items()}
-
-    def split(self, train: Encoded) -> tuple[Encoded, Encoded | None]:
-        """Training examples of the side network and, for a gated setting, of the gate; the same for every seed."""
-        held = round(self.gate.share * len(train)) if Setting.parse(self.setting).gated else 0
-        if not held:
-            return train, None
-        order = np.random.default_rng(len(train)).permutation(len(train))
-        return train.take(np.sort(order[held:])), train.take(np.sort(order[:held]))
-
-
-def from_json(saved: Mapping) -> FitConfig:
-    """A FitConfig after a trip through JSON (run.json)."""
-    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
-    return FitConfig(**fields | {"side": SideConfig(**fields["side"]), "gate": GateConfig(**fields["gate"])})
 
 
 @dataclass(frozen=True)
@@ -240,12 +122,6 @@ def load_run(path: str | Path, *, model: Model | None = None) -> Fitted:
     return Fitted(config, model, plugin)
 
 
-def from_anywhere(name: str) -> str:
-    """A local path in full; another name as it is."""
-    known, path = {*task_names(), *(entry.name for entry in ENTRIES)}, Path(name).expanduser()
-    return str(path.absolute()) if name not in known and path.exists() else name
-
-
 def fit(
     config: FitConfig, out: str | Path, *, model: Model | None = None, console: Console | None = None
 ) -> Fitted | None:
@@ -278,7 +154,7 @@ def fit(
         if side is None:
             console.print(f"stopped by {stop.signal}; the same command continues this run.")
             return None
-        plugin, result = _finish(config, model, side, for_gate, data["validation"])
+        plugin, result = _finish(config, model, side, for_gate, data["validation"].subset(config.calibration_examples))
         save_plugin(run.path, plugin)
         shutil.rmtree(run.path / "taps", ignore_errors=True)
         run.finish(params=side.num_params, bytes=(run.path / WEIGHTS).stat().st_size, **result)
@@ -322,9 +198,9 @@ def _train_side(
 
 
 def _fill_cache(config, model, side, train, batches, run, stop, console) -> LadderCache | None:
-    rows = np.concatenate([batches.rows(i) for i in range(min(config.steps, batches.epoch_steps * 2))])
-    if config.steps > batches.epoch_steps * 2:  # what two shuffles left out, a later one may take
-        rows = np.arange(len(train))
+    rows = np.arange(len(train))
+    if config.steps < batches.epoch_steps:  # what the last batch of an epoch leaves out, the next epoch may take
+        rows = np.concatenate([batches.rows(i) for i in range(config.steps)])
     base = base_fingerprint(model.config, model.base)
     cache = LadderCache(
         model,

@@ -28,6 +28,7 @@ SPA_FLOORS = [
     {"start", "model", "engine", "device", "device_model"},
     {"session", "decode", "plugin", "ladders", "score", "loop", "adapters"},
     {"gate_fit", "cloud", "cloud_model"},
+    {"config"},
     {"train"},
     {"baselines", "show"},
     {"evaluate"},

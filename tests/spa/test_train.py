@@ -14,10 +14,11 @@ import spa_jax as spa
 from mlfs_jax.errors import ConfigError, DataError, RunError, UnknownNameError
 from mlfs_jax.hf.load import from_pretrained
 from mlfs_jax.run import Run
+from spa_jax.config import FitConfig
 from spa_jax.errors import PluginError, TapCacheError
 from spa_jax.gate_fit import GateConfig
 from spa_jax.plugin import load_plugin, save_plugin
-from spa_jax.train import FitConfig, SideTrainer, fit, fit_users, load_run
+from spa_jax.train import SideTrainer, fit, fit_users, load_run
 from tests.spa.conftest import save_tokenizer
 from tests.spa.tiny_side import LADDER, PLUGIN
 

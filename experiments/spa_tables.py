@@ -1,0 +1,340 @@
+"""The tables of SPA (arXiv 2403.07088) on data that can be had: what a side network and its gate are worth.
+
+For each task and seed, over one frozen base (SmolLM2-135M; --preset paper: a model shaped like LLaMA-7B, on the paper's
+own data, for those who have them):
+
+* Table 1: one-shot prompting, LST (the side network alone), SPA                      Rouge-L
+* Table 3: S1 (f + g always), S2 (f or g), S3 (g alone), SPA (f + sigma g)            Rouge-1/2/L, usage
+* Tables 5, 6: small, medium and all data; the gate by itself (p >= 1/2), no budget   Rouge-L, usage
+* Table 7: how often the two sides differ, and whom the gate then picks               diff, pick
+* Figure 3: released plugins with their blocks in a row (serial) and side by side (parallel), and the ladder, by epoch
+
+    python experiments/spa_tables.py                         # 3 seeds x 2 tasks; hours on 2 cores
+    python experiments/spa_tables.py --tasks wiki-description --seeds 0
+    python experiments/spa_tables.py --preset h200           # all data, longer texts, for a GPU
+    python experiments/spa_tables.py --report                # tables and pictures of what is there already
+
+Every result is written as it comes (experiments/results/spa_tables.json); what is stopped goes on where it was. The
+threshold of the gate comes from the validation split, the numbers from the test split. S1 is SPA's side network and S3
+is S2's: each is trained once. Seeds differ in new weights and in the order of the data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+from store import load_results, save_result
+
+import spa_jax as spa
+from mlfs_jax.data.batches import Batches
+from mlfs_jax.data.encode import fingerprint
+from mlfs_jax.model import Model
+from mlfs_jax.supernet import TrainState
+from mlfs_jax.vocab import Hidden, lm_loss
+from spa_jax.ladders import LadderCache
+from spa_jax.train import SideTrainer
+
+RESULTS = Path(__file__).parent / "results" / "spa_tables.json"
+WIKI = ("wiki-description", "wiki-description-es")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How much.
+
+    Attributes:
+        train: training examples ("full" data), small and medium being shares of them.
+        test: examples of the test split that are completed.
+    """
+
+    model: str = "smollm2-135m"
+    tasks: tuple[str, ...] = WIKI
+    train: int | None = None
+    test: int | None = None
+    calibration: int = 256
+    small: float = 0.1
+    medium: float = 0.35
+    epochs: int = 6
+    batch_size: int = 16
+    max_length: int | None = None
+    buckets: tuple[int, ...] = (64, 96, 128, 192)
+    every: int = 3
+    cache: str = "disk"
+    cache_gb: float = 4.0
+    beams: int = 1
+
+
+PRESETS = {
+    "cpu": Preset(train=1000, test=256, calibration=128, max_length=96, buckets=(64, 96)),
+    "h200": Preset(epochs=8, batch_size=64, cache="ram", cache_gb=40.0),
+    "paper": Preset(
+        model="llama-7b",
+        tasks=("xsum", "cnn_dailymail", "coqa", "sciq"),
+        train=20000,
+        test=1000,
+        epochs=3,
+        buckets=(256, 512, 1024),
+        every=1,
+        cache="off",
+        beams=4,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to run."""
+
+    preset: str = "cpu"
+    tasks: tuple[str, ...] = ()  # of the preset
+    seeds: tuple[int, ...] = (0, 1, 2)
+    jobs: tuple[str, ...] = ()  # all
+    model: str | None = None  # another than the preset's: a Hugging Face folder
+    runs: Path = Path("runs/spa_tables")
+    report: bool = False  # only print and plot what has been measured
+
+
+@dataclass
+class Bench:
+    """One task and seed: the base, the data, and where runs lie."""
+
+    preset: Preset
+    task: str
+    seed: int
+    model: Model
+    runs: Path
+    console: Console
+
+    def config(self, **changes) -> spa.FitConfig:
+        p = self.preset
+        size = p.train or len(self.data["train"])
+        config = spa.FitConfig(
+            p.model,
+            self.task,
+            seed=self.seed,
+            steps=max(20, round(0.85 * size) // p.batch_size * p.epochs),
+            batch_size=p.batch_size,
+            side=spa.SideConfig(every=p.every),
+            cache_taps=p.cache,
+            cache_gb=p.cache_gb,
+            taps_folder=str(self.runs / self.task.replace("/", "-") / "taps") if p.cache == "disk" else None,
+            max_length=p.max_length,
+            buckets=p.buckets,
+            limit=p.train,
+            calibration_examples=p.calibration,
+            save_every=200,
+        )
+        return dataclasses.replace(config, **changes)
+
+    def __post_init__(self):
+        plain = spa.FitConfig(self.preset.model, self.task, max_length=self.preset.max_length)
+        self.data = plain.load_data(plain.get_task(), self.model)
+        test = self.data["test"]
+        self.test = test if self.preset.test is None else test.subset(self.preset.test)
+
+    def fit(self, name: str, **changes) -> tuple[spa.Plugin, dict]:
+        """A plugin, trained or found in its folder, and what it does on the validation split."""
+        out = self.runs / self.task.replace("/", "-") / str(self.seed) / name
+        fitted = spa.fit(self.config(**changes), out, model=self.model, console=self.console)
+        if fitted is None:
+            raise KeyboardInterrupt
+        return fitted.plugin, json.loads((out / "result.json").read_text())
+
+    def score(self, fitted: tuple[spa.Plugin, dict], **how) -> dict:
+        plugin, validation = fitted
+        written = spa.evaluate_plugin(self.model, plugin, self.test, beams=self.preset.beams, batch_size=32, **how)
+        return written | {"validation": validation}
+
+    def sized(self, share: float) -> dict:
+        """Changes for a share of the data: as many epochs, fewer steps."""
+        full = self.preset.train or len(self.data["train"])
+        size = round(share * full)
+        steps = max(20, round(0.85 * size) // self.preset.batch_size * self.preset.epochs)
+        return {"limit": size, "steps": steps, "cache_taps": "off" if self.preset.cache == "off" else "ram"}
+
+
+def prompting(bench: Bench, method: str) -> dict:
+    config = bench.config()
+    baseline = spa.fit_baseline(
+        spa.BaselineConfig(method, config.model, config.task, limit=config.limit, max_length=config.max_length),
+        bench.runs / bench.task.replace("/", "-") / method,
+        model=bench.model,
+        console=bench.console,
+    )
+    return spa.evaluate_baseline(baseline, bench.test, beams=bench.preset.beams, batch_size=32)
+
+
+def sized(bench: Bench, share: float) -> dict:
+    changes = bench.sized(share)
+    return bench.score(bench.fit(f"spa-{changes['limit']}", **changes), threshold=0.5)
+
+
+def curve(bench: Bench, side: spa.SideConfig) -> dict:
+    """Validation loss of f + g after every epoch."""
+    config = bench.config(setting="s1", side=side, start="random", gate=spa.GateConfig(share=0.0))
+    train, held = (
+        bench.data["train"].subset(config.limit or 10**9),
+        bench.data["validation"].subset(bench.preset.calibration),
+    )
+    batches = Batches(train, config.batch_size, seed=bench.seed, buckets=config.buckets)
+    net = spa.init_side(jax.random.key(bench.seed), bench.model.config, side, setting="s1")
+    caches = [
+        LadderCache(bench.model, part, range(len(part)), net.tapped, limit_gb=config.cache_gb) for part in (train, held)
+    ]
+    for cache in caches:
+        cache.fill()
+    steps = batches.epoch_steps * bench.preset.epochs
+    optimizer = dataclasses.replace(config, steps=steps).optimizer
+    trainer = SideTrainer(bench.model.graphdef, net, spa.Setting.S1, optimizer)
+    state = TrainState(net.net, optimizer.init(net.net), jnp.zeros((), jnp.int32))
+    state = jax.device_put(state, jax.devices()[0])
+
+    @jax.jit
+    def loss_of(weights, frame, f, batch):
+        g, _ = spa.device_step(net.replace(net=weights), None, frame)
+        return lm_loss(Hidden(bench.model.graphdef, bench.model.base, f + g), batch)
+
+    whole = Batches(held, 16, seed=0, buckets=config.buckets)
+
+    def validate(weights) -> float:
+        total = count = 0.0
+        for i in range(whole.epoch_steps):
+            counted = float(whole[i]["loss_mask"].sum())
+            total += counted * float(loss_of(weights, *caches[1].get(whole.rows(i), whole.width(i)), whole[i]))
+            count += counted
+        return total / count
+
+    losses = [validate(state.params)]
+    for i in range(steps):
+        ladders = caches[0].get(batches.rows(i), batches.width(i))
+        state, _ = trainer.step(state, bench.model.base, batches[i], ladders, jax.random.key(0))
+        if (i + 1) % batches.epoch_steps == 0:
+            losses.append(validate(state.params))
+    return {"losses": losses, "params": net.num_params}
+
+
+def kind(order: str, bench: Bench) -> spa.SideConfig:
+    return spa.SideConfig(ladder="plugin", every=bench.preset.every, order=order)
+
+
+# name -> what it measures; those of prompting have no seed
+JOBS: dict[str, Callable[[Bench], dict]] = {
+    "zero-shot": lambda b: prompting(b, "zero-shot"),
+    "one-shot": lambda b: prompting(b, "one-shot"),
+    "spa": lambda b: b.score(b.fit("spa")),
+    "s1": lambda b: b.score(b.fit("spa"), setting="s1", threshold=0.0),
+    "spa, no budget": lambda b: b.score(b.fit("spa"), threshold=0.5),
+    "s2": lambda b: b.score(b.fit("s2", setting="s2")),
+    "s3": lambda b: b.score(b.fit("s2", setting="s2"), setting="s3", threshold=0.0),
+    "spa, small": lambda b: sized(b, b.preset.small),
+    "spa, medium": lambda b: sized(b, b.preset.medium),
+    "serial": lambda b: curve(b, kind("serial", b)),
+    "parallel": lambda b: curve(b, kind("parallel", b)),
+    "ladder": lambda b: curve(b, spa.SideConfig(every=b.preset.every)),
+}
+SEEDLESS = ("zero-shot", "one-shot")
+
+
+def cell(runs: list[dict], name: str, digits: int = 1) -> str:
+    """Mean and standard deviation over seeds, in percent."""
+    values = 100 * np.array([run[name] for run in runs])
+    spread = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{values.mean():.{digits}f}{spread}"
+
+
+TABLES = {
+    "Table 1: prompting, LST, SPA": (("zero-shot", "one-shot", "s3", "spa"), ("rougeL",)),
+    "Table 3: settings": (("s1", "s2", "s3", "spa"), ("rouge1", "rouge2", "rougeL", "usage")),
+    "Tables 5 and 6: data; the gate at 1/2": (("spa, small", "spa, medium", "spa, no budget"), ("rougeL", "usage")),
+    "Table 7: the two sides": (("spa", "spa, no budget", "s2"), ("diff", "pick", "usage")),
+}
+
+
+def report(preset: str, console: Console) -> None:
+    """All tables and two pictures of what is there."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    results = [r for r in load_results(RESULTS).values() if r["preset"] == preset]
+    tasks = sorted({r["task"] for r in results})
+    if not tasks:
+        console.print(f"nothing measured yet with preset {preset}.")
+        return
+    figure, panels = plt.subplots(2, len(tasks), figsize=(5.5 * len(tasks), 8), squeeze=False, layout="constrained")
+    for column, task in enumerate(tasks):
+        of = lambda job, task=task: [r for r in results if r["task"] == task and r["job"] == job]  # noqa: E731
+        for title, (jobs, names) in TABLES.items():
+            table = Table(title=f"{task}, {title} ({preset})")
+            for name in ("", *names, "seeds"):
+                table.add_column(name, justify="left" if not name else "right")
+            for job in jobs:
+                if runs := of(job):
+                    table.add_row(job, *(cell(runs, name) for name in names), str(len(runs)))
+            console.print(table)
+        panel = panels[0][column]
+        for job, marker in (("s1", "s"), ("s3", "v"), ("s2", "D"), ("spa", "o"), ("spa, no budget", "P")):
+            runs = of(job)
+            if runs:
+                usage = [100 * r["usage"] for r in runs]
+                panel.scatter(usage, [100 * r["rougeL"] for r in runs], marker=marker, label=job)
+        for job, style in (("zero-shot", ":"), ("one-shot", "--")):
+            for run in of(job)[:1]:
+                panel.axhline(100 * run["rougeL"], ls=style, color="tab:gray", label=job)
+        panel.set(title=task, xlabel="tokens with the side network, %", ylabel="Rouge-L, test")
+        panel.legend(fontsize=8)
+        panel = panels[1][column]
+        for job in ("serial", "parallel", "ladder"):
+            if runs := of(job):
+                losses = np.array([r["losses"] for r in runs])
+                spread = losses.std(0, ddof=1) if len(runs) > 1 else None
+                panel.errorbar(range(losses.shape[1]), losses.mean(0), spread, marker="o", capsize=2, label=job)
+        panel.set(xlabel="epochs", ylabel="validation loss of f + g, nats a token")
+        panel.legend(fontsize=8)
+    file = RESULTS.with_name(f"spa_tables_{preset}.png")
+    figure.savefig(file, dpi=120)
+    console.print(f"wrote {file}")
+
+
+def main(options: Options) -> None:
+    console, preset = Console(), PRESETS[options.preset]
+    if options.model is not None:
+        preset = dataclasses.replace(preset, model=options.model)
+    if options.report:
+        return report(options.preset, console)
+    model = spa.FitConfig(preset.model, "wiki-description").load_model()
+    for seed in options.seeds:
+        for task in options.tasks or preset.tasks:
+            bench = None
+            for job, measure in JOBS.items():
+                key = f"{options.preset}/{task}/{'any' if job in SEEDLESS else seed}/{job}"
+                done = load_results(RESULTS).get(key)
+                asked = json.loads(json.dumps(dataclasses.asdict(preset)))
+                if (options.jobs and job not in options.jobs) or (done and done["asked"] == asked):
+                    continue
+                bench = bench or Bench(preset, task, seed, model, options.runs / options.preset, console)
+                console.print(f"[bold]{key}")
+                start, cpu = time.time(), time.process_time()
+                result = measure(bench)
+                result |= {"preset": options.preset, "task": task, "seed": seed, "job": job, "asked": asked}
+                result |= {"seconds": round(time.time() - start), "cpu_seconds": round(time.process_time() - cpu)}
+                save_result(RESULTS, key, result | {"device": jax.devices()[0].device_kind})
+                shown = {k: round(v, 4) for k, v in result.items() if isinstance(v, float)}
+                console.print(f"{shown} in {result['seconds']} s")
+    report(options.preset, console)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
