@@ -189,8 +189,18 @@ def curve(bench: Bench, side: spa.SideConfig) -> dict:
     )
     batches = Batches(train, config.batch_size, seed=bench.seed, buckets=config.buckets)
     net = spa.init_side(jax.random.key(bench.seed), bench.model.config, side, setting="s1")
+    taps = Path(config.taps_folder) if config.taps_folder else None
     caches = [
-        LadderCache(bench.model, part, range(len(part)), net.tapped, limit_gb=config.cache_gb) for part in (train, held)
+        LadderCache(
+            bench.model,
+            part,
+            range(len(part)),
+            net.tapped,
+            limit_gb=config.cache_gb,
+            folder=taps and taps.with_name(f"taps-{name}"),
+            fingerprint=fingerprint({"train": part}),
+        )
+        for name, part in (("curve", train), ("held", held))
     ]
     for cache in caches:
         cache.fill()
