@@ -1,4 +1,4 @@
-"""The command line: ``spa fit | eval | baseline | show``.
+"""The command line: ``spa fit | eval | baseline | show``, and the split runtime's of :mod:`spa_jax.cli_network`.
 
 Each command is a function whose signature tyro turns into flags. Commands import what they need when they run, so that
 ``spa --help`` answers at once; for the same reason this module does without postponed annotations.
@@ -14,8 +14,9 @@ import tyro
 
 from mlfs_jax.errors import ConfigError
 from mlfs_jax.terminal import log_to_stderr, print_json, print_table, run_command, set_up_jax, spinner
+from spa_jax import cli_network
 
-HELP = """\
+HELP = f"""\
 usage: spa COMMAND ...      (spa COMMAND --help lists its options)
 
 A personal side network on the device, beside a frozen language model in the cloud.
@@ -24,14 +25,14 @@ A personal side network on the device, beside a frozen language model in the clo
   eval      Rouge-1/2/L of what a run writes; how often the side network was used
   baseline  LoRA, adapters, LST, one-shot, ... over the same base, data and trained share
   show      a continuation with each token coloured by who chose it
-
+{cli_network.HELP}
 examples:
   spa fit --model smollm2-135m --task wiki-description --setting spa --out runs/spa
   spa fit --model smollm2-135m --task my.jsonl --per-user --out runs/users
   spa eval runs/spa --usage 0.62
   spa baseline --method lora --model smollm2-135m --task wiki-description --out runs/lora
   spa show runs/spa --prompt "The Thames is a river in England.\\n\\nShort description:"
-"""
+{cli_network.EXAMPLES}"""
 
 RunFolder = Annotated[Path, tyro.conf.arg(metavar="RUN")]
 Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
@@ -199,7 +200,7 @@ def show(
         print(f"wrote {file}")
 
 
-COMMANDS: dict[str, Any] = {"fit": None, "eval": evaluate, "baseline": None, "show": show}
+COMMANDS: dict[str, Any] = {"fit": None, "eval": evaluate, "baseline": None, "show": show, **cli_network.COMMANDS}
 MADE = {"fit": _fit, "baseline": _baseline}  # whose flags are the fields of a config, which takes jax to import
 
 

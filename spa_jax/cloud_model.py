@@ -130,6 +130,20 @@ class DecoderCloud:
         chosen = np.asarray(_finish(self._graphdef, self._base, self._hidden, every, self._adds))
         return [int(token) for token in chosen[use]]
 
+    def warm_up(self) -> None:
+        """Compile all that sessions will need, so that no device waits for it."""
+        no_gate = np.zeros((self.embed + 1, 2), np.float32)
+        width = 1
+        while True:
+            self._cache, self._gates = _clear(self._cache, self._gates, np.int32(0), no_gate)
+            self.extend(0, [0] * width)
+            if width >= self.chunk:
+                break
+            width = min(2 * width, self.chunk)
+        self.step([0], [0])
+        self.finish([0], np.zeros((1, self.embed), np.float32))
+        self._cache, self._gates = _clear(self._cache, self._gates, np.int32(0), no_gate)
+
     def _read(self, slot: int, token, gate, taps: Float[np.ndarray, "L T D"], hidden) -> Read:
         taps, public = taps[self._rows[slot]], self._downs[slot]
         return Read(int(token), gate, taps if public is None else public.project(taps), hidden)

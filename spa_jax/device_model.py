@@ -107,6 +107,14 @@ class SideDevice:
     def choose(self, hidden: Float[np.ndarray, " D"], g: Float[np.ndarray, " D"]) -> int:
         return int(_choose(self._head, hidden, g, config=self._side.backbone, adds=self._adds))
 
+    def warm_up(self, positions: int = 1) -> None:
+        """Compile what frames of so many positions need, before somebody waits for it."""
+        width = self._side.config.width if self._terms.public is not None else self._side.backbone.embed
+        taps = np.zeros((len(self._terms.taps) + 1, positions, width), np.float32)
+        g, _ = self.side(self.start(), taps, np.arange(positions))
+        if self._head is not None:
+            self.choose(np.zeros_like(g), g)
+
     @property
     def memory(self) -> dict[str, int]:
         """Bytes of weights, and of a side cache at its start."""

@@ -292,7 +292,7 @@ class Proxy:
         try:
             while True:
                 at, data = await queue.get()
-                await _sleep_until(at)
+                await sleep_until(at)
                 if data is None:
                     code = source.close_code
                     if code is None or code in (1005, 1006, 1015):
@@ -305,7 +305,7 @@ class Proxy:
             pass
 
 
-async def _sleep_until(at: float) -> None:
+async def sleep_until(at: float) -> None:
     """The event loop's timers are a millisecond coarse; the last of it is spent turning."""
     loop = asyncio.get_running_loop()
     if (left := at - loop.time()) > 0.001:

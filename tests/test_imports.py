@@ -28,10 +28,10 @@ SPA_FLOORS = [
     {"start", "model", "engine", "device", "device_model"},
     {"session", "decode", "plugin", "ladders", "score", "loop", "adapters"},
     {"gate_fit", "cloud", "cloud_model"},
-    {"config"},
-    {"train"},
+    {"config", "latency", "options"},
+    {"train", "cli_device"},
     {"baselines", "show"},
-    {"evaluate"},
+    {"evaluate", "cli_network"},
     {"cli"},
 ]
 # What a device runs: of spa_jax only these, and of mlfs_jax what has no weights of the base.

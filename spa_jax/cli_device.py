@@ -1,0 +1,231 @@
+"""The device's commands: ``spa chat`` and ``spa generate``. Annotations are not postponed, see :mod:`spa_jax.cli`."""
+
+import asyncio
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from mlfs_jax.errors import ConfigError
+from mlfs_jax.terminal import print_json
+from spa_jax.errors import PluginError
+from spa_jax.options import Coding, Flag, Place, budget_ms, read_token
+
+
+@dataclass(frozen=True)
+class DeviceOptions:
+    """Where the server is, what the device has, and how the two share the work.
+
+    Attributes:
+        server: ws://host:port or wss://host:port.
+        plugin: folder of a finished `spa fit`.
+        token_file: holds the secret that the server asks for.
+        max_new_tokens: of one answer.
+        stats: say what each answer cost.
+        tokenizer: folder of the base's tokenizer; the default is where `spa fit` found it.
+        cafile: PEM of the authority that signed the server's certificate, if it is your own.
+        head: where tokens are chosen when the side network is used; on the device nothing personal goes up.
+        base: where the head's weights are read from, for --head device.
+        project: where activations are projected; the cloud must have what `spa publish` wrote.
+        coding: of activations and states on the wire.
+        int8: keep the plugin's kernels in int8.
+        usage: share of tokens to use the side network for; the default is what the plugin was calibrated to.
+        budget: ms a token that a session should keep on average, whatever the link does.
+        fallback: a small model to go on with when the server is gone; RUN#SUBNET for one of a palette.
+        timeout: seconds for one answer.
+    """
+
+    server: str
+    plugin: Path
+    token_file: Path | None = None
+    max_new_tokens: int = 50
+    stats: Flag = False
+    tokenizer: Path | None = None
+    cafile: Path | None = None
+    head: Place = "cloud"
+    base: str | None = None
+    project: Place = "device"
+    coding: Coding = "fp32"
+    int8: Flag = False
+    usage: float | None = None
+    budget: str | None = None
+    fallback: str | None = None
+    timeout: float = 300.0
+
+
+Options = Annotated[DeviceOptions, tyro.conf.arg(name="")]
+
+
+class Kit:
+    """What a device needs: plugin, tokenizer, perhaps the head, perhaps a model to fall back on."""
+
+    def __init__(self, options: DeviceOptions):
+        from mlfs_jax.data.tokenizer import load_tokenizer
+        from spa_jax.device_model import SideDevice
+        from spa_jax.plugin import load_plugin, tokenizer_fingerprint
+
+        self.options = options
+        self.plugin = load_plugin(options.plugin)
+        folder = options.tokenizer or _model_folder(options.plugin)
+        if tokenizer_fingerprint(folder) != self.plugin.tokenizer:
+            raise PluginError(f"this plugin was made with another tokenizer than the one in {folder}.")
+        self.tokenizer, self.folder = load_tokenizer(folder), folder
+        self.stop = list(self.plugin.side.backbone.eos_token_ids)
+        self.model = SideDevice(
+            self.plugin.side,
+            base=self.plugin.base,
+            setting=self.plugin.setting,
+            threshold=self.plugin.threshold_for(options.usage),
+            head=_head(self.plugin, options.head, options.base or folder),
+            project=options.project,
+            coding=options.coding,
+            budget=None if options.budget is None else budget_ms(options.budget),
+            int8=options.int8,
+        )
+        self.model.warm_up()
+        self.fallback = None if options.fallback is None else _fallback(options.fallback)
+
+    def device(self):
+        from spa_jax.channel import DeviceConfig
+        from spa_jax.device import Device
+
+        options, token = self.options, read_token(self.options.token_file)
+        config = DeviceConfig(cafile=options.cafile, answer_s=options.timeout)
+        return Device(options.server, self.model, token=token, config=config, fallback=self.fallback)
+
+    def encode(self, text: str, *, first: bool = True) -> list[int]:
+        ids = self.tokenizer.encode(text, add_special_tokens=first).ids
+        if not ids:
+            raise ConfigError(f"prompt = {text!r} is no token: expected some text.")
+        return ids
+
+    def printer(self, prompt: list[int]):
+        """Prints tokens as text, as they come."""
+        from tokenizers.decoders import DecodeStream
+
+        decoder = DecodeStream(skip_special_tokens=True)
+        for token in prompt:
+            decoder.step(self.tokenizer, token)
+
+        def show(token: int, used: bool) -> None:
+            print(decoder.step(self.tokenizer, token) or "", end="", flush=True)
+
+        return show
+
+
+def _model_folder(plugin: Path) -> Path:
+    """Of the base that a run was made with, for its tokenizer."""
+    from mlfs_jax.errors import RunError
+    from mlfs_jax.registry import resolve_model
+    from mlfs_jax.run import Run
+
+    try:
+        return resolve_model(Run.open(plugin).config["model"])
+    except (RunError, KeyError):
+        raise ConfigError(f"{plugin} does not say where its tokenizer is: give --tokenizer FOLDER.") from None
+
+
+def _head(plugin, place: str, base) -> dict | None:
+    """The weights of the base's head, if tokens are chosen here."""
+    if place == "cloud":
+        return None
+    from mlfs_jax.backbone.tree import flatten
+    from mlfs_jax.hf.load import from_pretrained
+    from spa_jax.device_model import head_names
+
+    model = from_pretrained(base)
+    plugin.check(model.config, model.base)
+    weights = flatten(model.base)
+    return {name: weights[name][...] for name in head_names(model.config)}
+
+
+def _fallback(name: str):
+    """Continues with a small model of the device's own."""
+    from mlfs_jax.generate import GenerateConfig, generate
+    from mlfs_jax.load import load_subnet
+
+    model = load_subnet(*name.split("#", 1))
+
+    def go_on(history: list[int], limit: int, stop) -> list[int]:
+        config = GenerateConfig(max_new_tokens=limit, stop_tokens=tuple(stop))
+        found = generate(model, [history], config)
+        ended = [stop[0]] if stop and found.finished[0] else []
+        return [*found.tokens[0], *ended]
+
+    return go_on
+
+
+def report(answer, model) -> dict[str, Any]:
+    """What a text cost, for people and --json."""
+    stats, count = answer.stats, max(len(answer.used), 1)
+    return {
+        "tokens": len(answer.tokens),
+        "end": answer.end,
+        "tokens_per_second": round(len(answer.used) / stats.total, 2) if stats.total else None,
+        "usage": round(sum(answer.used) / count, 3),
+        "round_trips": stats.round_trips,
+        "bytes_up": stats.bytes_up,
+        "bytes_down": stats.bytes_down,
+        "connections": stats.connections,
+        "ms_total": round(1e3 * stats.total, 1),
+        "ms_device": round(1e3 * stats.device, 1),
+        "ms_cloud_and_network": round(1e3 * stats.waiting, 1),
+        "ms_round_trip": round(1e3 * stats.rtt, 2),
+        "local": answer.local,
+        "device_memory_mb": {name: round(size / 2**20, 2) for name, size in model.memory.items()},
+        "device_mflops_per_token": round(model.flops / 1e6, 3),
+    }
+
+
+def _say(answer, model, stats: bool) -> None:
+    print()
+    if answer.note:
+        print(f"note: {answer.note}", file=sys.stderr)
+    if stats:
+        for name, value in report(answer, model).items():
+            print(f"{name:24} {value}")
+
+
+def generate(options: Options, *, prompt: str, json: Flag = False) -> int:
+    """Continue a prompt with a plugin here and its base at a server; exit code 3: incomplete.
+
+    Args:
+        prompt: the text; a backslash and an n are a line break.
+        json: print text and costs as JSON and nothing else.
+    """
+    kit = Kit(options)
+    ids = kit.encode(prompt.replace("\\n", "\n"))
+
+    async def run():
+        async with kit.device() as device:
+            return await device.generate(ids, options.max_new_tokens, kit.stop, None if json else kit.printer(ids))
+
+    answer = asyncio.run(run())
+    if json:
+        text = kit.tokenizer.decode([*ids, *answer.tokens])[len(kit.tokenizer.decode(ids)) :]
+        print_json({"text": text, "note": answer.note, **report(answer, kit.model)})
+    else:
+        _say(answer, kit.model, options.stats)
+    return 0 if answer.end in ("stop", "limit", "full") else 3
+
+
+def chat(options: Options) -> None:
+    """Talk to a server, line by line; each line goes on after all before. An empty line or Ctrl-D ends it."""
+    kit = Kit(options)
+
+    async def run():
+        async with kit.device() as device:
+            while True:
+                try:
+                    line = await asyncio.to_thread(input, "> ")
+                except EOFError:
+                    return
+                if not line.strip():
+                    return
+                ids = kit.encode(line, first=not device.history)
+                answer = await device.generate(ids, options.max_new_tokens, kit.stop, kit.printer(ids))
+                _say(answer, kit.model, options.stats)
+
+    asyncio.run(run())

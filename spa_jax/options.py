@@ -1,0 +1,47 @@
+"""What the commands of the split runtime have in common: kinds of flags, and how they are read."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from mlfs_jax.errors import ConfigError
+
+Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
+Coding = Literal["fp32", "fp16", "int8"]
+Place = Literal["cloud", "device"]
+
+
+def read_token(file: Path | None) -> str | None:
+    """The secret in a file, without the white space around it; raises ConfigError."""
+    if file is None:
+        return None
+    try:
+        token = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"token-file {file} cannot be read: {error}.") from None
+    if not token or any(c.isspace() for c in token) or not token.isascii():
+        raise ConfigError(f"token-file {file}: expected one word of ASCII, e.g. of `openssl rand -hex 32 > {file}`.")
+    return token
+
+
+def numbers(text: str, name: str) -> list[float]:
+    """ "5,20,80" -> [5.0, 20.0, 80.0]; raises ConfigError."""
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"{name} = {text!r}: expected numbers with commas between them, like 5,20,80.") from None
+    return found
+
+
+def budget_ms(text: str) -> float:
+    """ "40 ms/token", "40ms" or "40" -> 40.0; raises ConfigError."""
+    found = re.fullmatch(r"\s*([\d.]+)\s*(ms)?\s*(/\s*token)?\s*", text)
+    try:
+        value = float(found[1])
+    except (TypeError, ValueError):
+        value = 0.0
+    if value <= 0:
+        raise ConfigError(f'budget = {text!r}: expected ms per token, like "40 ms/token".')
+    return value

@@ -1,0 +1,159 @@
+"""The split runtime as a user types it: a server in a process of its own, and devices that talk to it."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from mlfs_jax.errors import ConfigError
+from mlfs_jax.hf.load import from_pretrained
+from spa_jax.cli import main
+from spa_jax.options import budget_ms, numbers, read_token
+from spa_jax.plugin import Plugin, base_fingerprint, load_plugin, save_plugin, tokenizer_fingerprint
+from spa_jax.seam import Setting
+from tests.spa.conftest import save_tokenizer
+from tests.spa.tiny_side import LADDER, tiny_side
+
+CURVE = [{"usage": u / 10, "threshold": 1 - u / 10, "loss": 1.0, "oracle": 1.0} for u in range(11)]
+
+
+@pytest.fixture(scope="module")
+def base(tiny_lm):
+    return from_pretrained(tiny_lm)
+
+
+@pytest.fixture
+def plugin(base, tiny_lm, tmp_path):
+    fingerprints = base_fingerprint(base.config, base.base), tokenizer_fingerprint(tiny_lm)
+    made = Plugin(tiny_side(base, LADDER), Setting.SPA, *fingerprints, calibration=CURVE)
+    save_plugin(tmp_path / "alice", made)
+    return tmp_path / "alice"
+
+
+@pytest.fixture(scope="module")
+def server(tiny_lm, base, tmp_path_factory):
+    """(url, token file, public file) of a running `spa serve`."""
+    folder = tmp_path_factory.mktemp("server")
+    token, public = folder / "token", folder / "down.safetensors"
+    token.write_text("0123456789abcdef0123\n")
+    save_plugin(folder / "run", Plugin(tiny_side(base, LADDER), Setting.SPA, "", ""))
+    assert main(["publish", str(folder / "run"), "--out", str(public)]) == 0
+    flags = f"serve --model {tiny_lm} --port 0 --token-file {token} --public {public} --slots 2 --context 48"
+    process = subprocess.Popen(
+        [sys.executable, "-c", "import sys; from spa_jax.cli import main; sys.exit(main())", *flags.split()],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    try:
+        lines = [process.stdout.readline(), process.stdout.readline()]
+        assert lines[0].startswith("memory: base"), (lines, process.stderr.read() if process.poll() else "")
+        yield re.search(r"ws://\S+", lines[1])[0], str(token), str(public)
+    finally:
+        process.send_signal(signal.SIGINT)
+        _, logged = process.communicate(timeout=30)
+        events = [json.loads(line) for line in logged.splitlines() if line.startswith("{")]
+        assert events[0]["event"] == "listening" and "w5" not in logged
+        assert process.returncode in (0, 130)
+
+
+def test_generate_and_chat(server, plugin, tiny_lm, capsys, monkeypatch):
+    url, token, _ = server
+    common = ["--server", url, "--token-file", token, "--plugin", str(plugin), "--tokenizer", str(tiny_lm)]
+    texts = {}
+    for placement in ("", "--head device", "--project cloud", "--coding int8", "--int8"):
+        flags = [*placement.split(), "--prompt", "w5 w9 w11", "--max-new-tokens", "12", "--json"]
+        assert main(["generate", *common, *flags]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["round_trips"] == round(found["usage"] * 12) and found["end"] in ("limit", "stop")
+        assert found["bytes_up"] > 0 and found["ms_device"] < found["ms_total"] and found["note"] == ""
+        texts[placement] = found["text"]
+    assert len({texts[p] for p in ("", "--head device", "--project cloud")}) == 1 and texts[""].startswith(" w")
+    assert main(["generate", *common, "--prompt", "w5", "--usage", "0", "--stats", "--max-new-tokens", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"round_trips +0\b", printed) and "device_memory_mb" in printed
+
+    lines = iter(["w5 w9", "w3", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    assert main(["chat", *common, "--max-new-tokens", "4", "--stats"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("tokens_per_second") == 2 and re.findall(r"connections +(\d)", printed) == ["1", "0"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (["--token-file", "none"], "token-file none cannot be read"),
+        (["--token-file", "WRONG"], "refuses this device: auth: no token, or a wrong one"),
+        (["--server", "ws://127.0.0.1:9"], "no connection to ws://127.0.0.1:9"),
+        (["--server", "127.0.0.1:9"], "expected ws://host:port"),
+        (["--budget", "fast"], "budget = 'fast': expected ms per token, like \"40 ms/token\""),
+        (["--usage", "2"], "usage = 2.0: expected a share"),
+        (["--tokenizer", "OTHER"], "this plugin was made with another tokenizer than the one in"),
+    ],
+)
+def test_mistakes_are_one_line(server, plugin, tiny_lm, tmp_path, capsys, changes, expected):
+    url, token, _ = server
+    (tmp_path / "WRONG").write_text("x" * 20)
+    save_tokenizer(tmp_path / "OTHER", words=30)
+    changes = [str(tmp_path / part) if part in ("WRONG", "OTHER") else part for part in changes]
+    flags = {"--server": url, "--token-file": token, "--plugin": str(plugin), "--tokenizer": str(tiny_lm)}
+    flags |= dict([changes])
+    assert main(["generate", *(x for pair in flags.items() for x in pair), "--prompt", "w5"]) == 2
+    error = capsys.readouterr().err
+    assert expected in error and error.count("\n") == 1
+
+
+def test_serve_refuses(tiny_lm, tmp_path, capsys):
+    assert main(f"serve --model {tiny_lm} --host 0.0.0.0 --slots 1".split()) == 2
+    assert "give a token that devices have to know" in capsys.readouterr().err
+    assert main(f"serve --model {tiny_lm} --public {tmp_path / 'no'} --slots 1".split()) == 2
+    assert "holds no public Down" in capsys.readouterr().err
+
+
+def test_calibrate_writes_the_plugin(plugin, capsys):
+    times = ["--cloud-ms", "20", "--device-ms", "5", "--rtt", "15", "--bandwidth", "1000"]
+    for budget, usage in (("30 ms/token", 0.5), ("21", 0.05), ("500", 1.0), ("10ms", 0.0)):
+        assert main(["calibrate", str(plugin), "--budget", budget, *times, "--json"]) == 0
+        found, saved = json.loads(capsys.readouterr().out), load_plugin(plugin)
+        assert found["usage"] == saved.usage == pytest.approx(usage, abs=0.01)
+        assert saved.threshold == found["threshold"]
+        assert saved.threshold == (0.0 if usage == 1 else 2.0 if usage == 0 else pytest.approx(1 - usage, abs=0.01))
+    assert main(["calibrate", str(plugin), "--budget", "10", *times]) == 0
+    assert "the cloud alone takes longer than the budget" in capsys.readouterr().out
+    save_plugin(plugin, load_plugin(plugin).replace(setting=Setting.S1))
+    assert main(["calibrate", str(plugin), "--budget", "10", *times]) == 2
+    assert "it has no gate to calibrate" in capsys.readouterr().err
+
+
+def test_latency(tmp_path, capsys):
+    """Predictions are near what is measured; SPA's network is a small share of the layer-by-layer methods'."""
+    picture = tmp_path / "latency.png"
+    flags = "--rtt 4 --bandwidth 20 --tokens 10 --cloud-ms 2 --device-ms 1 --json --png"
+    assert main(["latency", *flags.split(), str(picture)]) == 0
+    rows = {row["method"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert set(rows) == {"spa", "lst", "lora-split", "adapter-split"} and picture.read_bytes()[:4] == b"\x89PNG"
+    assert all(
+        -0.7 < row["error"] < 0.1 for row in rows.values()
+    )  # never faster than the link; slower on a busy machine
+    assert rows["spa"]["measured"]["total"] < rows["lst"]["measured"]["total"] < rows["lora-split"]["measured"]["total"]
+    assert main(["latency", *flags.split()[:-2], "--rtt", "1,x"]) == 2
+    assert "rtt = '1,x': expected numbers" in capsys.readouterr().err
+
+
+def test_options(tmp_path):
+    assert [budget_ms(text) for text in ("40 ms/token", "40ms", "0.5", " 3 ms / token ")] == [40, 40, 0.5, 3]
+    assert numbers("5,20", "rtt") == [5, 20]
+    for text in ("", "-3", "0", "40 s", "1.2.3"):
+        with pytest.raises(ConfigError, match="budget = "):
+            budget_ms(text)
+    assert read_token(None) is None
+    for text in ("", "two words", "schlüssel"):
+        (tmp_path / "token").write_text(text, encoding="utf-8")
+        with pytest.raises(ConfigError, match="expected one word of ASCII"):
+            read_token(tmp_path / "token")
