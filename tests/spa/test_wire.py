@@ -1,6 +1,8 @@
 """Frames: what is sent arrives; nothing else does, whatever the bytes; what frames cost."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import msgpack
 import numpy as np
@@ -240,3 +242,17 @@ def test_bytes_of_a_gated_token_of_llama_7b():
     assert sized(32, "int8") <= 1100
     assert sized(32, "fp16") <= 2.1e3 + 50 and sized(4096, "fp16") <= 270.4e3
     assert len(encode(Token(31999, "more"))) <= 8  # all that a token costs when the gate is 0
+
+
+def test_the_protocol_is_described():
+    """docs/protocol.md names every message by its number, every field, every error."""
+    text = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text(encoding="utf-8")
+    rows = {row.split("|")[2].strip(" `"): row for row in text.splitlines() if re.match(r"\| \d+ \|", row)}
+    assert list(rows) == [name(cls) for cls in MESSAGES]
+    for i, cls in enumerate(MESSAGES):
+        row = rows[name(cls)]
+        assert row.startswith(f"| {i} |")
+        assert all(f"`{field.name}`" in row for field in dataclasses.fields(cls))
+        sender = "either" if cls in FROM_CLOUD and cls in FROM_DEVICE else "cloud" if cls in FROM_CLOUD else "device"
+        assert row.split("|")[3].strip() == sender
+    assert f"Version {VERSION}." in text and all(f"`{code}`" in text for code in ERRORS)
