@@ -3,6 +3,7 @@
 import hashlib
 import os
 import platform
+import signal
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -47,6 +48,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
     os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(512 * 2**20))
+
+# A shell starts its background jobs deaf to Ctrl-C, and some tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # An example's time is mostly compilation: a deadline says nothing. CI draws the same examples every time.
 settings.register_profile(

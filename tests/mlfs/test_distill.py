@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_batch, tiny_model
 
 import mlfs_jax as mlfs
 from mlfs_jax.distill import (
@@ -20,6 +19,7 @@ from mlfs_jax.distill import (
 )
 from mlfs_jax.errors import ConfigError, UnknownNameError
 from mlfs_jax.model import forward
+from tests.mlfs.tiny import tiny_batch, tiny_model
 
 rng = np.random.default_rng(0)
 TEACHER, STUDENT = (rng.normal(0, 2, (5, 7)).astype(np.float32) for _ in range(2))

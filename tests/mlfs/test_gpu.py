@@ -4,10 +4,10 @@ import jax
 import numpy as np
 import optax
 import pytest
-from tiny import tiny_batch, tiny_lora, tiny_model
 
 import mlfs_jax as mlfs
 from mlfs_jax.supernet import Supernet
+from tests.mlfs.tiny import tiny_batch, tiny_lora, tiny_model
 
 pytestmark = pytest.mark.gpu
 

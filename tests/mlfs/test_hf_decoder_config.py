@@ -1,12 +1,12 @@
 """config.json of decoders: old and new spellings, defaults, and what is refused."""
 
 import pytest
-from hf_oracle import transformers
 
 from mlfs_jax.errors import ConfigError, UnknownNameError
 from mlfs_jax.hf.configs import from_hf, to_hf
 from mlfs_jax.hf.families import FAMILIES, NOT_NATIVE
 from mlfs_jax.hf.table import DecoderFamily
+from tests.mlfs.hf_oracle import transformers
 
 DECODERS = [name for name, family in FAMILIES.items() if isinstance(family, DecoderFamily)]
 SMALL = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 31, "eos_token_id": 2}

@@ -5,7 +5,6 @@ import re
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hf_oracle import QUICK, TOLERANCE, decoder_batch, run, torch_logits, transformers
 
 from mlfs_jax.backbone.tree import flatten, map_named
 from mlfs_jax.errors import ConfigError
@@ -14,6 +13,7 @@ from mlfs_jax.hf.export import export_hf
 from mlfs_jax.model import abstract, build, forward
 from mlfs_jax.slicing import slice_base, slice_config
 from mlfs_jax.subnet import Subnet, kv_group, make_mask, maxnet
+from tests.mlfs.hf_oracle import QUICK, TOLERANCE, decoder_batch, run, torch_logits, transformers
 
 SIZES = {
     "vocab_size": 43, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 3,

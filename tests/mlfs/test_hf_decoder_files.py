@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hf_oracle import assert_equal_decoders, decoder_batch, decoder_sizes, torch_decoder, transformers
 from safetensors.numpy import load_file, save_file
 
 from mlfs_jax.backbone.tree import flatten
 from mlfs_jax.errors import CheckpointError
 from mlfs_jax.hf.export import export_hf
 from mlfs_jax.hf.load import load_checkpoint
+from tests.mlfs.hf_oracle import assert_equal_decoders, decoder_batch, decoder_sizes, torch_decoder, transformers
 
 SIZES = decoder_sizes(np.random.default_rng(3)) | {"pad_token_id": 0}
 GPT2 = {

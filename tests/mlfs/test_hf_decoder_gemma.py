@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from hf_oracle import check_decoder, decoder_sizes, rope_entries, switch
+
+from tests.mlfs.hf_oracle import check_decoder, decoder_sizes, rope_entries, switch
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 

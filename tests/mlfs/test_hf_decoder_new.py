@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from hf_oracle import check_decoder, decoder_sizes, rope_entries, switch
 
 from mlfs_jax.config import DecoderConfig
 from mlfs_jax.hf.entries import read, read_rope, write, write_one_window, write_rope
 from mlfs_jax.hf.families import FAMILIES, llama
 from mlfs_jax.hf.table import DecoderFamily
+from tests.mlfs.hf_oracle import check_decoder, decoder_sizes, rope_entries, switch
 
 FIELDS = llama.FIELDS | {
     "norm_eps": ("norm_epsilon", 1e-5),

@@ -5,7 +5,6 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hf_oracle import HEADS, NAMES, TOLERANCE, assert_equal_outputs, batch_for, run, torch_outputs, transformers
 from safetensors.numpy import load_file
 
 from mlfs_jax.backbone.tree import flatten
@@ -19,6 +18,16 @@ from mlfs_jax.hf.load import load_checkpoint
 from mlfs_jax.hf.reshape import Shape, nearest_shape
 from mlfs_jax.hf.table import EncoderFamily
 from mlfs_jax.model import abstract, build
+from tests.mlfs.hf_oracle import (
+    HEADS,
+    NAMES,
+    TOLERANCE,
+    assert_equal_outputs,
+    batch_for,
+    run,
+    torch_outputs,
+    transformers,
+)
 
 SHAPES = {  # (embed, heads, head_dim) -> what it takes
     "plain": (12, 3, 4),

@@ -8,7 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hf_oracle import (
+from safetensors.numpy import load_file, save_file
+
+from mlfs_jax.backbone.tree import flatten
+from mlfs_jax.errors import CheckpointError, ConfigError, UnknownNameError
+from mlfs_jax.hf.configs import from_hf, to_hf
+from mlfs_jax.hf.export import export_hf
+from mlfs_jax.hf.load import from_pretrained, load_checkpoint
+from mlfs_jax.registry import get_entry, is_whole
+from tests.mlfs.hf_oracle import (
     HEADS,
     NAMES,
     assert_equal_outputs,
@@ -18,14 +26,6 @@ from hf_oracle import (
     torch,
     transformers,
 )
-from safetensors.numpy import load_file, save_file
-
-from mlfs_jax.backbone.tree import flatten
-from mlfs_jax.errors import CheckpointError, ConfigError, UnknownNameError
-from mlfs_jax.hf.configs import from_hf, to_hf
-from mlfs_jax.hf.export import export_hf
-from mlfs_jax.hf.load import from_pretrained, load_checkpoint
-from mlfs_jax.registry import get_entry, is_whole
 
 
 @pytest.mark.parametrize("family", NAMES)
@@ -151,7 +151,8 @@ def test_sharded_files_and_placement(bert, tmp_path):
         return device
 
     model, report = load_checkpoint(tmp_path, sharding=place)
-    assert len(report.files) > 1 and seen["layers", "heads", "head_dim", "embed"] == model.base["layers"]["o"]["kernel"].shape
+    assert len(report.files) > 1
+    assert seen["layers", "heads", "head_dim", "embed"] == model.base["layers"]["o"]["kernel"].shape
     assert_equal_outputs(model, theirs, batch_for(model.config, np.random.default_rng(0)))
     load_checkpoint(tmp_path, sharding=device)
 

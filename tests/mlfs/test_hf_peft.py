@@ -3,7 +3,6 @@
 import jax
 import numpy as np
 import pytest
-from hf_oracle import TOLERANCE, batch_for, random_config, random_torch_model, run, torch_outputs, transformers
 
 from mlfs_jax import init_lora
 from mlfs_jax.errors import ConfigError, RunError
@@ -11,6 +10,15 @@ from mlfs_jax.hf.card import AUTO
 from mlfs_jax.hf.load import load_checkpoint
 from mlfs_jax.hf.peft import export_peft
 from mlfs_jax.lora import lora_sites, stack_stages
+from tests.mlfs.hf_oracle import (
+    TOLERANCE,
+    batch_for,
+    random_config,
+    random_torch_model,
+    run,
+    torch_outputs,
+    transformers,
+)
 
 peft = pytest.importorskip("peft")
 

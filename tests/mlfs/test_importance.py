@@ -3,11 +3,11 @@
 import jax
 import numpy as np
 import pytest
-from tiny import FAMILIES, tiny_batch, tiny_lora, tiny_model
 
 from mlfs_jax.backbone.tree import flatten, map_named
 from mlfs_jax.importance import Order, importance_order, measure_importance, reorder, reorder_lora
 from mlfs_jax.model import forward
+from tests.mlfs.tiny import FAMILIES, tiny_batch, tiny_lora, tiny_model
 
 
 def measured(model, batches):

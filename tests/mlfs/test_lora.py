@@ -3,13 +3,13 @@
 import jax
 import numpy as np
 import pytest
-from tiny import tiny_batch, tiny_lora, tiny_model
 
 import mlfs_jax as mlfs
 from mlfs_jax.backbone.tree import flatten
 from mlfs_jax.errors import ConfigError, UnknownNameError
 from mlfs_jax.lora import load_lora, save_lora
 from mlfs_jax.model import forward
+from tests.mlfs.tiny import tiny_batch, tiny_lora, tiny_model
 
 
 def logits(model, base, batch, lora=None):

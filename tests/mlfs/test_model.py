@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import FAMILIES, tiny_batch, tiny_config, tiny_lora, tiny_model
 
 import mlfs_jax as mlfs
 from mlfs_jax.backbone.layers import gelu
 from mlfs_jax.backbone.tree import flatten
 from mlfs_jax.errors import CheckpointError, ConfigError
 from mlfs_jax.model import abstract, build, forward, init_weights
+from tests.mlfs.tiny import FAMILIES, tiny_batch, tiny_config, tiny_lora, tiny_model
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -7,12 +7,12 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import FAMILIES, tiny_batch, tiny_lora, tiny_model
 
 import mlfs_jax as mlfs
 from mlfs_jax.hf.export import export_hf
 from mlfs_jax.model import forward
 from mlfs_jax.subnet import num_params
+from tests.mlfs.tiny import FAMILIES, tiny_batch, tiny_lora, tiny_model
 
 TOLERANCE = 1e-4  # fp32 logits
 

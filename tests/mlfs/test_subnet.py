@@ -3,11 +3,11 @@
 import jax
 import numpy as np
 import pytest
-from tiny import tiny_config, tiny_model
 
 import mlfs_jax as mlfs
 from mlfs_jax.errors import SubnetError, UnknownNameError
 from mlfs_jax.subnet import Subnet, num_flops, num_params
+from tests.mlfs.tiny import tiny_config, tiny_model
 
 
 def space(**kw):

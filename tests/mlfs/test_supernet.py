@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import tiny_batch, tiny_config, tiny_lora, tiny_model
 
 import mlfs_jax as mlfs
 from mlfs_jax.distill import DistillConfig, init_projection
 from mlfs_jax.errors import ConfigError
 from mlfs_jax.model import abstract, forward
 from mlfs_jax.supernet import Supernet, gradient_weights, trainable_params
+from tests.mlfs.tiny import tiny_batch, tiny_config, tiny_lora, tiny_model
 
 DISTILL = DistillConfig(feature_dim=6)
 

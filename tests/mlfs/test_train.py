@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import pytest
 from rich.console import Console
-from tiny import tiny_model
 
 import mlfs_jax as mlfs
 from mlfs_jax.errors import ConfigError, DataError, RunError, UnknownNameError
@@ -16,6 +15,7 @@ from mlfs_jax.evaluate import evaluate
 from mlfs_jax.lora import load_lora
 from mlfs_jax.run import Run
 from mlfs_jax.supernet import Supernet
+from tests.mlfs.tiny import tiny_model
 
 QUIET = Console(quiet=True)
 

@@ -11,6 +11,7 @@ import pytest
 from mlfs_jax.backbone.tree import flatten
 from mlfs_jax.errors import ConfigError
 from mlfs_jax.generate import GenerateConfig
+from spa_jax import device_model
 from spa_jax.cloud import Cloud, CloudConfig
 from spa_jax.cloud_model import DecoderCloud
 from spa_jax.decode import generate
@@ -129,8 +130,9 @@ def test_a_plugin_in_int8():
     assert np.linalg.norm(g - h) < 0.05 * np.linalg.norm(g)
 
 
-def test_a_side_cache_grows():
-    """Beyond the 64 slots it begins with, in pieces, as in one."""
+def test_a_side_cache_grows(monkeypatch):
+    """Beyond the slots it begins with, in pieces, as in one."""
+    monkeypatch.setattr(device_model, "LEAST", 64)
     side, rng = side_of("ladder"), np.random.default_rng(1)
     device = SideDevice(side, base=BASE)
     taps = rng.normal(size=(len(side.tapped) + 1, 70, MODEL.config.embed)).astype(np.float32)
