@@ -22,7 +22,7 @@ from spa_jax.seam import Frame, Setting
 from spa_jax.side import Side, SideCache, device_step, init_side_cache
 from spa_jax.wire import FRAME_BYTES, Hello
 
-LEAST = 64
+LEAST = 256
 """Slots that a side cache begins with; it doubles as a text grows."""
 
 

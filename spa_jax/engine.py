@@ -20,6 +20,9 @@ import numpy as np
 from spa_jax.metrics import Metrics
 from spa_jax.wire import Hello
 
+PATIENCE, LONGEST_WAIT = 0.25, 0.05
+"""How long a step waits for more sessions: a share of its own time, and seconds at most."""
+
 
 @dataclass(frozen=True)
 class Read:
@@ -78,10 +81,15 @@ class _Job:
 
 
 class Engine:
-    """Runs a model for its sessions, from :meth:`run`."""
+    """Runs a model for its sessions, from :meth:`run`.
+
+    Attributes:
+        writing: sessions in the middle of a text; they keep count.
+    """
 
     def __init__(self, model: CloudModel, metrics: Metrics):
         self.model, self.metrics = model, metrics
+        self.writing, self._step_s = 0, 0.0
         self._prompts: list[_Job] = []
         self._steps: list[_Job] = []
         self._answers: list[_Job] = []
@@ -116,10 +124,17 @@ class Engine:
                 if not (self._prompts or self._steps or self._answers):
                     self._wake.clear()
                     await self._wake.wait()
-                await asyncio.sleep(0)  # whoever has just been answered may ask for the next
+                await self._gather()
                 await self._round()
         finally:
             self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def _gather(self) -> None:
+        """Wait a little for those who are about to ask: a step costs the same for one and for all."""
+        await asyncio.sleep(0)  # whoever has just been answered may ask for the next
+        until = time.perf_counter() + min(PATIENCE * self._step_s, LONGEST_WAIT)
+        while len(self._prompts) + len(self._steps) + len(self._answers) < self.writing and time.perf_counter() < until:
+            await asyncio.sleep(0.001)
 
     async def _round(self) -> None:
         if jobs := _take(self._answers):
@@ -131,7 +146,9 @@ class Engine:
             await self._batch(jobs, lambda: self.model.step(slots, tokens))
             self.metrics.add("steps_total")
             self.metrics.add("batch_fill_total", len(jobs))
-            self.metrics.observe("step_seconds", time.perf_counter() - begin)
+            seconds = time.perf_counter() - begin
+            self._step_s += 0.2 * (seconds - self._step_s)
+            self.metrics.observe("step_seconds", seconds)
         while self._prompts and self._prompts[0].done.cancelled():
             self._prompts.pop(0)
         if self._prompts:

@@ -148,7 +148,12 @@ class Session:
         with suppress(EOFError):
             await self._greet(await self.receive((Hello,), self.config.hello_s))
             while True:
-                await self._write(await self._next_text())
+                request = await self._next_text()
+                self.engine.writing += 1
+                try:
+                    await self._write(request)
+                finally:
+                    self.engine.writing -= 1
 
     async def _greet(self, terms: Hello) -> None:
         if terms.model != self.model.fingerprint:
