@@ -112,6 +112,7 @@ def evaluate(
     beams: int = 1,
     limit: int | None = None,
     batch_size: int = 16,
+    curve: Path | None = None,
     json: Flag = False,
 ) -> None:
     """Let a finished run complete every prompt of a split, and hold what it writes against the references.
@@ -124,6 +125,7 @@ def evaluate(
         beams: of a beam search; 1: greedy.
         limit: at most this many examples.
         batch_size: prompts at a time.
+        curve: picture of loss and Rouge-L over usage, which takes an evaluation at each of five usages.
         json: print the numbers as JSON and nothing else.
     """
     from rich.table import Table
@@ -132,6 +134,8 @@ def evaluate(
 
     if usage is not None and not 0 <= usage <= 1:
         raise ConfigError(f"usage = {usage}: expected a share of the tokens, between 0 and 1.")
+    if curve is not None:
+        return _draw_curve(run, curve, split, beams, limit, batch_size, json)
     users = sorted(folder for folder in run.glob("*/") if (folder / "plugin.json").exists())
     folders = users if users and not (run / "run.json").exists() else [run]
     results: dict[str, dict[str, float]] = {}
@@ -158,6 +162,26 @@ def evaluate(
         shown = (f"{result[c]}" if c == "tokens" else f"{100 * result[c]:.1f}" for c in columns)
         table.add_row(name, *shown)
     print_table(table)
+
+
+def _draw_curve(run: Path, file: Path, split: str, beams: int, limit: int | None, batch_size: int, json: bool) -> None:
+    from spa_jax.calibration import plot_curve, written_curve
+    from spa_jax.evaluate import load_split
+    from spa_jax.train import load_run
+
+    fitted = load_run(run)
+    encoded = load_split(fitted, split, limit)
+    with spinner() as advance:
+        points = written_curve(
+            fitted.model, fitted.plugin, encoded, beams=beams, batch_size=batch_size, advance=advance
+        )
+    plot_curve(fitted.plugin, points, file)
+    if json:
+        print_json(points)
+        return
+    for point in points:
+        print(f"usage {100 * point['usage']:5.1f} %   Rouge-L {100 * point['rougeL']:.1f}")
+    print(f"wrote {file}")
 
 
 def show(

@@ -18,10 +18,9 @@ from mlfs_jax.model import Model
 from mlfs_jax.run import Run
 from spa_jax.baselines import Baseline, load_baseline
 from spa_jax.decode import generate, rates
-from spa_jax.gate import ALWAYS
 from spa_jax.plugin import Plugin
 from spa_jax.seam import Setting
-from spa_jax.train import load_run
+from spa_jax.train import Fitted, load_run
 
 SPLIT = "test"
 
@@ -127,10 +126,8 @@ def evaluate_run(
         encoded = _split(fit_config.load_data(fit_config.get_task(), model), split, limit)
         return evaluate_baseline(baseline, encoded, beams=beams, batch_size=batch_size, advance=advance)
     fitted = load_run(path)
-    threshold = ALWAYS if not fitted.plugin.setting.gated else None
-    if usage is not None:
-        threshold = fitted.plugin.threshold_for(usage)
-    encoded = _split(fitted.config.load_data(fitted.config.get_task(), fitted.model), split, limit)
+    threshold = None if usage is None else fitted.plugin.threshold_for(usage)
+    encoded = load_split(fitted, split, limit)
     return evaluate_plugin(
         fitted.model,
         fitted.plugin,
@@ -141,6 +138,11 @@ def evaluate_run(
         batch_size=batch_size,
         advance=advance,
     )
+
+
+def load_split(fitted: Fitted, split: str = SPLIT, limit: int | None = None) -> Encoded:
+    """The examples of a run's task that it is evaluated on; raises ConfigError for a split that there is not."""
+    return _split(fitted.config.load_data(fitted.config.get_task(), fitted.model), split, limit)
 
 
 def _split(data: dict[str, Encoded], split: str, limit: int | None) -> Encoded:

@@ -20,6 +20,8 @@ WHO = {
     DEVICE: "with the side network",
     OVERRULED: "with the side network, which changed the token",
 }
+CHARACTER = 9 * 0.602 / 72
+"""Inches that a character of matplotlib's monospace font takes at 9 points."""
 COLOURS = {CLOUD: "#4477aa", DEVICE: "#228833", OVERRULED: "#cc3311"}
 
 
@@ -115,11 +117,11 @@ def save_png(shown: Shown, file: str | Path, columns: int = 90) -> Path:
     for text, who in ((shown.prompt, None), *((piece, who) for piece, who, _ in shown.pieces)):
         for word in _words(text):
             if word == "\n" or (column + len(word) > columns and column):
-                row, column = row + 1, 0
-            if word != "\n":
+                row, column, word = row + 1, 0, word.strip()
+            if word:
                 placed.append((row, column, word, who))
                 column += len(word)
-    width, height = 0.0065 * columns * 14, 0.24 * (row + 1) + 0.6
+    width, height = CHARACTER * columns / 0.96, 0.24 * (row + 1) + 0.6
     figure = plt.figure(figsize=(width, height))
     for row, column, word, who in placed:
         x, y = column / columns * 0.96 + 0.02, 1 - (0.24 * (row + 1)) / height

@@ -32,6 +32,7 @@ SPA_FLOORS = [
     {"train", "cli_device"},
     {"baselines", "show"},
     {"evaluate", "cli_network"},
+    {"calibration"},
     {"cli"},
 ]
 # What a device runs: of spa_jax only these, and of mlfs_jax what has no weights of the base.

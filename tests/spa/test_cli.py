@@ -32,6 +32,11 @@ def test_fit_eval_show(run, tmp_path, capsys):
     assert main(["eval", str(run), "--limit", "8", "--batch-size", "8", "--beams", "2"]) == 0
     assert "rougeL" in capsys.readouterr().out
 
+    curve = tmp_path / "curve.png"
+    assert main(["eval", str(run), "--limit", "8", "--batch-size", "8", "--curve", str(curve), "--json"]) == 0
+    points = json.loads(capsys.readouterr().out)
+    assert [point["usage"] for point in points][::4] == [0, 1] and curve.read_bytes()[:4] == b"\x89PNG"
+
     page, picture = tmp_path / "a.html", tmp_path / "a.png"
     flags = ["--html", str(page), "--png", str(picture), "--max-new-tokens", "5"]
     assert main(["show", str(run), "--prompt", "w5 w9 w11", *flags]) == 0
@@ -51,6 +56,15 @@ def test_baselines_are_evaluated_by_the_same_command(tiny_lm, echo_task, tmp_pat
     assert {*json.loads(capsys.readouterr().out)} == {"rouge1", "rouge2", "rougeL", "tokens"}
     with pytest.raises(ConfigError, match="this run is a baseline"):
         evaluate_run(tmp_path / "one", usage=0.5)
+
+
+def test_users(tiny_lm, echo_task, tmp_path, capsys):
+    flags = f"fit --per-user --model {tiny_lm} --task {echo_task} --out {tmp_path / 'users'} --steps 2 --setting s1"
+    flags += " --start random --side.width 8 --side.every 2 --side.heads 2 --max-length 16 --buckets 16"
+    assert main(flags.split()) == 0
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "users"), "--limit", "4", "--batch-size", "4", "--json"]) == 0
+    assert {*json.loads(capsys.readouterr().out)} == {"alice", "bob"}
 
 
 @pytest.mark.parametrize(
