@@ -134,7 +134,8 @@ def latency(
         loss: probability that a frame is lost once.
         tokens: new ones of each measurement.
         usage: share of tokens for which SPA asks the device.
-        plugin: a run whose shapes and times are taken; without one the shapes are LLaMA-7B's.
+        plugin: a run whose shapes and times are taken, and which is run over the links, too; without one the shapes
+            are LLaMA-7B's.
         cloud_ms: of the cloud's part of a token, instead of measuring it (without a plugin: 30).
         device_ms: of the device's part of a gated token, instead of measuring it (without a plugin: 5).
         coding: of the frames.
@@ -143,7 +144,7 @@ def latency(
     """
     from rich.table import Table
 
-    from spa_jax.latency import compare, constants, plot
+    from spa_jax.latency import compare, constants, plot, running
     from spa_jax.network import LLAMA_7B, Link, Shape, methods
 
     links = [Link(r, b, jitter, loss) for r in numbers(rtt, "rtt") for b in numbers(bandwidth, "bandwidth")]
@@ -165,6 +166,9 @@ def latency(
             "device_ms": 5.0 if device_ms is None else device_ms,
         }
         rows = compare(methods(shape, coding=coding, usage=usage), links, tokens=tokens, advance=advance, **times)
+        if plugin is not None:
+            advance("running cloud and device")
+            rows += running(fitted.model, fitted.plugin, shape, links, tokens=tokens, coding=coding, **times)
     if png is not None:
         plot(rows, png)
     if json:
@@ -193,6 +197,7 @@ def calibrate(
     device_ms: float | None = None,
     coding: Coding = "int8",
     project: Place = "device",
+    png: Path | None = None,
     json: Flag = False,
 ) -> None:
     """Set a plugin's threshold so that a token takes no longer than a budget on a link; written to the plugin.
@@ -206,8 +211,11 @@ def calibrate(
         device_ms: of the device's part of a gated token; the default is measured here.
         coding: of the frames.
         project: where activations are projected.
+        png: write held-out loss against ms a token, too.
         json: print the numbers as JSON and nothing else.
     """
+    import numpy as np
+
     from spa_jax.network import Link, Shape, methods
     from spa_jax.plugin import load_plugin, save_plugin
 
@@ -223,13 +231,21 @@ def calibrate(
         device_ms = found[1] if device_ms is None else device_ms
     side = plugin.side
     shape = Shape(side.backbone.embed, side.backbone.layers, len(side.tapped) + 1, side.config.width, 1)
-    spa = methods(shape, coding=coding, projected=project == "cloud")[0]
+    spa = methods(shape, coding=coding, projected=project == "cloud", usage=1.0)[0]
     exchange = device_ms + link.exchange_ms(spa.down + spa.up)
     usage = min(max((wanted - cloud_ms) / exchange, 0.0), 1.0)
     threshold = plugin.threshold_for(usage)
     save_plugin(run, plugin.replace(threshold=threshold, usage=usage))
     result = {"budget_ms": wanted, "cloud_ms": cloud_ms, "device_ms": device_ms, "exchange_ms": exchange}
     result |= {"usage": usage, "threshold": threshold, "ms_per_token": cloud_ms + usage * exchange}
+    if png is not None:
+        from spa_jax.latency import plot_budget
+
+        cost = lambda usage: cloud_ms + usage * exchange  # noqa: E731
+        points = [(cost(point["usage"]), point["loss"]) for point in plugin.calibration]
+        losses = sorted((point["usage"], point["loss"]) for point in plugin.calibration)
+        loss = float(np.interp(usage, *map(list, zip(*losses, strict=True))))
+        plot_budget(points, (cost(usage), loss), link, png)
     if json:
         print_json(result)
         return

@@ -15,7 +15,7 @@ import numpy as np
 from websockets.asyncio.client import connect
 from websockets.asyncio.server import serve
 
-from spa_jax.network import TOKEN_BYTES, Latency, Link, Method, Proxy, predict, sleep_until
+from spa_jax.network import TOKEN_BYTES, Latency, Link, Method, Proxy, Shape, methods, predict, sleep_until
 
 PARTS = ("device", "cloud", "network")
 
@@ -44,7 +44,7 @@ class Row:
 
 
 def compare(
-    methods: Sequence[Method],
+    ways: Sequence[Method],
     links: Sequence[Link],
     *,
     tokens: int,
@@ -55,7 +55,7 @@ def compare(
     """Every method on every link, ``tokens`` new ones each."""
     rows = []
     for link in links:
-        for method in methods:
+        for method in ways:
             advance(f"{method.name}: {link.rtt_ms:g} ms, {link.bandwidth_mb_s:g} MB/s")
             costs = {"cloud_ms": cloud_ms, "device_ms": device_ms}
             measured = asyncio.run(measure(method, link, tokens=tokens, **costs))
@@ -122,6 +122,74 @@ def constants(model, plugin, *, repeats: int = 10) -> tuple[float, float]:
         cloud_ms.append(middle - begin + time.perf_counter() - after)
         device_ms.append(after - middle)
     return 1e3 * statistics.median(cloud_ms), 1e3 * statistics.median(device_ms)
+
+
+async def measure_runtime(cloud_model, device_model, link: Link, prompt: Sequence[int], tokens: int):
+    """(ms a token, the :class:`spa_jax.device.Answer`) of cloud and device as they are, over an emulated link.
+
+    From the first token to the last; what is compiled is compiled before.
+    """
+    from spa_jax.cloud import Cloud, CloudConfig
+    from spa_jax.device import Device
+
+    async with Cloud(cloud_model, CloudConfig(port=0, reply_s=60)) as cloud:
+        for now in (Link(), link):
+            times: list[float] = []
+            async with Proxy(cloud.url, now) as proxy, Device(proxy.url, device_model) as device:
+                answer = await device.generate(prompt, tokens, on_token=lambda *_: times.append(time.monotonic()))  # noqa: B023
+    return 1e3 * (times[-1] - times[0]) / (len(times) - 1), answer
+
+
+def running(
+    model,
+    plugin,
+    shape: Shape,
+    links: Sequence[Link],
+    *,
+    tokens: int,
+    cloud_ms: float,
+    device_ms: float,
+    coding: str = "int8",
+    prompt: Sequence[int] = (3, 4, 5, 6),
+) -> list[Row]:
+    """SPA and LST as rows of :func:`compare`, of the runtime itself; the usage is what the gate made of it."""
+    from spa_jax.cloud_model import DecoderCloud
+    from spa_jax.device_model import SideDevice
+
+    rows, side = [], plugin.side
+    cloud = DecoderCloud(model, slots=1, context=len(prompt) + tokens, chunk=8)
+    for name, threshold in (("spa", plugin.threshold), ("lst", 0.0)):
+        setting = plugin.setting if plugin.setting.gated else "s1"
+        device = SideDevice(side, base=plugin.base, setting=setting, threshold=threshold, coding=coding)
+        for link in links:
+            ms, answer = asyncio.run(measure_runtime(cloud, device, link, prompt, tokens))
+            usage = sum(answer.used[1:]) / (len(answer.used) - 1)
+            spa = methods(shape, coding=coding, projected=False, usage=usage, memory=side.config.memory)[0]
+            predicted = predict(spa, link, cloud_ms=cloud_ms, device_ms=device_ms)
+            measured = Latency(usage * device_ms, cloud_ms, ms - usage * device_ms - cloud_ms)
+            rows.append(Row(f"{name}, running", link, predicted, measured))
+    return rows
+
+
+def plot_budget(points: Sequence[tuple[float, float]], chosen: tuple[float, float], link: Link, file: Path) -> Path:
+    """Held-out loss against ms a token, over all usages; ``chosen`` is the plugin's."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(5, 3.4))
+    axes.plot(*zip(*sorted(points), strict=True), marker=".", color="#4c72b0")
+    axes.plot(*chosen, marker="o", color="#c44e52", linestyle="", label="this budget")
+    axes.set(
+        xlabel=f"ms a token at {link.rtt_ms:g} ms, {link.bandwidth_mb_s:g} MB/s", ylabel="held-out loss, nats a token"
+    )
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+    return file
 
 
 def plot(rows: Sequence[Row], file: Path) -> Path:

@@ -112,17 +112,21 @@ class Latency:
         return self.device + self.cloud + self.network
 
 
-def methods(shape: Shape, *, coding: str = "int8", projected: bool = True, usage: float = 0.62) -> list[Method]:
+def methods(
+    shape: Shape, *, coding: str = "int8", projected: bool = True, usage: float = 0.62, memory: str = "stateless"
+) -> list[Method]:
     """SPA and what it is compared with, their frames encoded as they would travel.
 
     LST is SPA without a gate. LoRA and adapters on the device see the input of each adapted layer and answer with what
-    they add there. ``usage``: 0.62 is the paper's (table 6).
+    they add there. ``usage``: 0.62 is the paper's (table 6). With "lazy" memory the positions that the gate left out
+    go down with the next one.
     """
-    side = _down(shape.taps, shape.width if projected else shape.embed, coding), _up(shape.embed, coding)
-    wide = _down(1, shape.embed, coding)
+    width, up = shape.width if projected else shape.embed, _up(shape.embed, coding)
+    each, wide = _down(shape.taps, width, coding), _down(1, shape.embed, coding)
+    together = round(each / usage) if memory == "lazy" and usage else each
     return [
-        Method("spa", 1, *side, usage=usage),
-        Method("lst", 1, *side),
+        Method("spa", 1, together, up, usage=usage),
+        Method("lst", 1, each, up),
         Method("lora-split", shape.layers, wide, _up(shape.attention, coding)),
         Method("adapter-split", shape.layers, wide, _up(shape.embed, coding)),
     ]

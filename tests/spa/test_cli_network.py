@@ -124,7 +124,9 @@ def test_calibrate_writes_the_plugin(plugin, capsys):
         assert found["usage"] == saved.usage == pytest.approx(usage, abs=0.01)
         assert saved.threshold == found["threshold"]
         assert saved.threshold == (0.0 if usage == 1 else 2.0 if usage == 0 else pytest.approx(1 - usage, abs=0.01))
-    assert main(["calibrate", str(plugin), "--budget", "10", *times]) == 0
+    picture = plugin / "budget.png"
+    assert main(["calibrate", str(plugin), "--budget", "10", *times, "--png", str(picture)]) == 0
+    assert picture.read_bytes()[:4] == b"\x89PNG"
     assert "the cloud alone takes longer than the budget" in capsys.readouterr().out
     save_plugin(plugin, load_plugin(plugin).replace(setting=Setting.S1))
     assert main(["calibrate", str(plugin), "--budget", "10", *times]) == 2

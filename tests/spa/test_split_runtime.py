@@ -19,9 +19,11 @@ from spa_jax.device import Device
 from spa_jax.device_model import SideDevice, head_names, public_part
 from spa_jax.errors import NetworkError, PluginError
 from spa_jax.gate import similarity_gate
-from spa_jax.network import Proxy
-from spa_jax.plugin import base_fingerprint
+from spa_jax.latency import constants, running
+from spa_jax.network import Link, Proxy, Shape
+from spa_jax.plugin import Plugin, base_fingerprint
 from spa_jax.public import load_public, save_public
+from spa_jax.seam import Setting
 from tests.mlfs.tiny import tiny_decoder
 from tests.spa.runtime import check_no_weights
 from tests.spa.tiny_side import LADDER, PLUGIN, tiny_side
@@ -176,3 +178,18 @@ def test_plugins_that_do_not_fit():
     with pytest.raises(ConfigError, match="slots = 0, context = 5, chunk = 1: expected at least 1"):
         DecoderCloud(MODEL, slots=0, context=5, chunk=1)
     assert cloud_model().memory["cache"] == 2 * 3 * 6 * 40 * 2 * 6 * 4 + 6 * 40 + 6 * 4
+
+
+def test_the_runtime_beside_its_prediction():
+    """Cloud and device as they are, over an emulated link: not faster than the link allows."""
+    side = side_of("plugin")
+    plugin = Plugin(side, Setting.SPA, BASE, "", threshold=0.5)
+    shape = Shape(24, 3, len(side.tapped) + 1, side.config.width, 36)
+    link, times = (
+        Link(rtt_ms=20, bandwidth_mb_s=10),
+        dict(zip(("cloud_ms", "device_ms"), constants(MODEL, plugin), strict=True)),
+    )
+    spa, lst = running(MODEL, plugin, shape, [link], tokens=10, coding="fp32", **times)
+    assert (spa.method, lst.method) == ("spa, running", "lst, running")
+    assert lst.predicted.network == pytest.approx(20, abs=0.5) and lst.measured.total > 20
+    assert spa.measured.total < lst.measured.total and lst.error < 0.15
