@@ -2,7 +2,10 @@
 
 import asyncio
 import dataclasses
+import subprocess
+import sys
 from functools import cache
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -193,3 +196,15 @@ def test_the_runtime_beside_its_prediction():
     assert (spa.method, lst.method) == ("spa, running", "lst, running")
     assert lst.predicted.network == pytest.approx(20, abs=0.5) and lst.measured.total > 20
     assert spa.measured.total < lst.measured.total and lst.error < 0.15
+
+
+def test_a_cloud_on_a_mesh():
+    """Base and cache over two devices, in a process that has them: the same tokens, gates and activations."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.spa.two_devices"],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.stdout.endswith("the same\n"), done.stderr
