@@ -22,13 +22,16 @@ def test_python_blocks_run(tmp_path, monkeypatch):
     for block in BLOCKS:
         exec(compile(block, "README.md", "exec"), names)
     assert names["out"].hidden.shape == (1, 3, 384)
+    assert names["told"].logits.shape == (1, 8, 99)
     assert names["small"].num_params <= names["model"].num_params
     assert os.path.exists("exported/small/model.safetensors")
 
 
 def test_commands_exist():
-    """The README shows every command, and no other."""
+    """The README shows every command of mlfs, and no other; of spa, none that does not exist."""
     from mlfs_jax.cli import COMMANDS
+    from spa_jax.cli import COMMANDS as SPA_COMMANDS
 
-    lines = re.findall(r"^mlfs (\S+)", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
-    assert set(lines) == set(COMMANDS)
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = {name: set(re.findall(rf"^{name} (\S+)", text, re.MULTILINE)) for name in ("mlfs", "spa")}
+    assert shown["mlfs"] == set(COMMANDS) and shown["spa"] <= set(SPA_COMMANDS)
