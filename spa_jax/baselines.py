@@ -53,7 +53,7 @@ class BaselineConfig:
 
     Attributes:
         method: lora, adapter, parallel-adapter, lst, one-shot, zero-shot or shared.
-        learning_rate: the peak; by default 1e-3, and 3e-3 for "lst", as for other side networks.
+        learning_rate: the peak; by default 1e-3, and 2e-3 for "lst", as for other side networks.
         params: about how many parameters to train; by default as many as the default side network of this base has.
         unique, repeats: of "shared": layers of its own, and how often each is used.
         base_bits: 8 or 4: round the frozen base first; 32: as it is.
@@ -77,7 +77,7 @@ class BaselineConfig:
 
     def __post_init__(self):
         if self.learning_rate is None:
-            object.__setattr__(self, "learning_rate", 3e-3 if self.method == "lst" else 1e-3)
+            object.__setattr__(self, "learning_rate", 2e-3 if self.method == "lst" else 1e-3)
         if self.method not in METHODS:
             raise ConfigError(f"method = {self.method!r}: expected one of {', '.join(METHODS)}.")
         if self.base_bits not in (4, 8, 32):

@@ -60,7 +60,7 @@ class FitConfig:
     user: str | None = None
     seed: int = 0
     steps: int = 600
-    learning_rate: float = 3e-3
+    learning_rate: float = 2e-3
     batch_size: int = 16
     side: SideConfig = field(default_factory=SideConfig)
     start: str | None = None
