@@ -15,7 +15,7 @@ from tests.spa.fake_models import FakeCloud, FakeDevice, hello
 TOKEN = "a-token-that-is-long-enough"
 PROMPT = [5, 9, 11, 30]
 NONE = np.array([], np.int32)
-QUICK = DeviceConfig(connect_s=2, reply_s=2, backoff_s=0.01)
+QUICK = DeviceConfig(connect_s=10, reply_s=20, backoff_s=0.01)
 
 
 @asynccontextmanager

@@ -137,12 +137,12 @@ def test_a_full_server_says_so():
 
 def test_a_slow_server_and_a_stalled_link_end_with_what_there_is():
     async def body():
-        hasty = DeviceConfig(answer_s=0.4)
-        async with serving(FakeCloud(seconds=0.02)) as cloud:
+        hasty = DeviceConfig(answer_s=1.5)
+        async with serving(FakeCloud(seconds=0.05)) as cloud:
             slow = await write(cloud.url, limit=60, config=hasty)
         async with serving() as cloud, Proxy(cloud.url, stall=20) as proxy:
             begin = time.perf_counter()
-            stalled = await write(proxy.url, config=DeviceConfig(connect_s=0.2, reply_s=0.2, retries=1))
+            stalled = await write(proxy.url, config=DeviceConfig(connect_s=1.0, reply_s=1.0, retries=1))
             return slow, stalled, time.perf_counter() - begin
 
     slow, stalled, seconds = run(body)
@@ -150,7 +150,7 @@ def test_a_slow_server_and_a_stalled_link_end_with_what_there_is():
     for answer in (slow, stalled):
         assert answer.end == "timeout" and 0 < len(answer.tokens) < 60 and answer.note
         assert answer.tokens == whole[: len(answer.tokens)]
-    assert seconds < 10
+    assert seconds < 20
 
 
 def test_without_a_server():
@@ -179,7 +179,7 @@ def test_server_gone_in_the_middle_goes_on_locally():
             proxy = Proxy(cloud.url, stall=30)
             async with (
                 proxy,
-                device(proxy, config=DeviceConfig(connect_s=0.2, reply_s=0.2, retries=1), fallback=fallback) as one,
+                device(proxy, config=DeviceConfig(connect_s=1.0, reply_s=1.0, retries=1), fallback=fallback) as one,
             ):
                 answer = await one.generate(PROMPT, 30, [2])
                 proxy.stall = None

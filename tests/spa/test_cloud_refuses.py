@@ -114,7 +114,7 @@ def test_liars_are_told_and_hurt_nobody(case):
     _, terms, answer, code, expected = case
 
     async def body():
-        async with serving(FakeCloud(slots=2), reply_s=0.3) as cloud:
+        async with serving(FakeCloud(slots=2), reply_s=1.0) as cloud:
             honest = asyncio.create_task(write(cloud.url))
             async with Liar(cloud, **terms) as liar:
                 await liar.begin()
@@ -174,7 +174,7 @@ def test_clients_that_vanish_stall_or_never_speak():
     """Their slots come back, and the others do not notice."""
 
     async def body():
-        async with serving(FakeCloud(slots=4), hello_s=0.2, reply_s=0.3, send_s=0.3) as cloud:
+        async with serving(FakeCloud(slots=4), hello_s=1.0, reply_s=1.0, send_s=1.0) as cloud:
             silent, vanisher, staller = Liar(cloud), Liar(cloud, threshold=0.0), Liar(cloud, threshold=0.0)
             async with silent, vanisher, staller:
                 await vanisher.begin()
