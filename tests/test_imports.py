@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Low to high. A module imports from its own floor and those below, also inside functions.
 # A new module gets its place here.
 FLOORS = [
-    {"errors", "config", "metrics", "checkpoint", "run", "catalogue", "registry", "terminal", "data"},
+    {"front_door", "errors", "config", "metrics", "checkpoint", "run", "catalogue", "registry", "terminal", "data"},
     {"backbone"},
     {"model"},
     {"sharding", "hf", "lora", "subnet"},
@@ -37,7 +37,7 @@ SPA_FLOORS = [
 ]
 # What a device runs: of spa_jax only these, and of mlfs_jax what has no weights of the base.
 DEVICE = {"errors", "seam", "side", "fields", "wire", "public", "channel", "device", "device_model"}
-FOR_DEVICE = {"errors", "config", "backbone"}
+FOR_DEVICE = {"front_door", "errors", "config", "backbone"}
 
 PACKAGES = {"mlfs_jax": FLOORS, "spa_jax": SPA_FLOORS}
 FLOOR = {p: {name: h for h, names in enumerate(floors) for name in names} for p, floors in PACKAGES.items()}
