@@ -15,6 +15,7 @@ import optax  # noqa: E402
 
 import mlfs_jax as mlfs  # noqa: E402
 from mlfs_jax.backbone.tree import map_named  # noqa: E402
+from mlfs_jax.checkpoint import Checkpoints  # noqa: E402
 from mlfs_jax.distill import DistillConfig, init_projection  # noqa: E402
 from mlfs_jax.lora import lora_axes  # noqa: E402
 from mlfs_jax.model import abstract  # noqa: E402
@@ -79,11 +80,36 @@ def loaded(folder: str) -> dict:
     return {"nbytes": bytes_here(model.base), "same": files[0] == files[1]}
 
 
+def moved(folder: str) -> dict:
+    """Adapters saved on one mesh and restored onto another: whether they are the same, and lie as asked."""
+    lora = random_lora(MODEL)
+
+    def place(spec: str, tree):
+        mesh = mlfs.make_mesh(spec)
+        where = {
+            site: {leaf: sharding_of(mesh, axes, lora[site][leaf].shape) for leaf, axes in entry.items()}
+            for site, entry in lora_axes(MODEL.base, lora).items()
+        }
+        return jax.device_put(tree, where)
+
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(1, place("fsdp=8", lora))
+    with Checkpoints(folder) as checkpoints:
+        template = place("fsdp=2,tensor=4", jax.tree.map(np.zeros_like, lora))
+        back, _ = checkpoints.restore(template)
+    pairs = list(zip(*map(jax.tree.leaves, (back, lora, template)), strict=True))
+    return {
+        "same": all(np.array_equal(a, b) for a, b, _ in pairs),
+        "placed": all(a.sharding.is_equivalent_to(c.sharding, a.ndim) for a, _, c in pairs),
+    }
+
+
 if __name__ == "__main__":
     runs = {"one": (None, "sliced"), "fsdp": ("data=2,fsdp=4", "sliced"), "tensor": ("fsdp=4,tensor=2", "masked")}
     names = ("losses", "compiles", "nbytes")
     report = {name: dict(zip(names, losses(*run), strict=True)) for name, run in runs.items()}
     report["flops"] = {str(spec): forward_flops(spec) for spec in (None, "data=8", "fsdp=8")}
     report["loaded"] = loaded(sys.argv[1])
+    report["moved"] = moved(f"{sys.argv[1]}/checkpoints")
     report["whole"] = sum(x.nbytes for x in jax.tree.leaves(MODEL.base))
     print(json.dumps(report))

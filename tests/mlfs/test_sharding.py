@@ -44,6 +44,10 @@ def test_a_device_holds_its_share(report):
     assert report["loaded"]["nbytes"] == pytest.approx(whole / 8, rel=0.05) and report["loaded"]["same"]
 
 
+def test_a_checkpoint_is_restored_onto_another_mesh(report):
+    assert report["moved"] == {"same": True, "placed": True}
+
+
 def test_a_device_does_its_share(report):
     flops = report["flops"]
     assert flops["data=8"] == pytest.approx(flops["None"] / 8, rel=0.05)
