@@ -312,7 +312,8 @@ def report(preset: str, console: Console) -> None:
                 spread = losses.std(0, ddof=1) if len(runs) > 1 else None
                 panel.errorbar(range(losses.shape[1]), losses.mean(0), spread, marker="o", capsize=2, label=job)
         panel.set(xlabel="epochs", ylabel="validation loss of f + g, nats a token")
-        panel.legend(fontsize=8)
+        if panel.lines:
+            panel.legend(fontsize=8)
     file = RESULTS.with_name(f"spa_tables_{preset}.png")
     figure.savefig(file, dpi=120)
     console.print(f"wrote {file}")
