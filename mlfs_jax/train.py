@@ -41,6 +41,7 @@ from mlfs_jax.slicing import slice_subnet
 from mlfs_jax.stages import Stage, paper_stages
 from mlfs_jax.subnet import SubnetSpace
 from mlfs_jax.supernet import EXECUTIONS, Supernet, TrainState
+from mlfs_jax.timing import UNROLLED
 from mlfs_jax.vocab import Hidden, lm_loss
 
 LOG_EVERY = 10
@@ -66,8 +67,8 @@ class FitConfig:
         gamma: exponent of the gradient scaling (n_max / n_j)^gamma.
         distill: how subnets learn from the maxnet.
         embed: choices of the subnet space for channels, as shares of the supernet.
-        width: the same, for heads and mlp; the default is (1, 0.48, 0.22), of a language model (1, 0.66): cut further,
-            it forgets how to write.
+        width: the same, for heads and mlp; the default is (1, 0.48, 0.22), of a language model (1, 0.66): MLFS
+            reports about two thirds as the least.
         depth: the same, for layers; the default is (1, 0.5), of a language model (1, 0.8).
         keep_layers: "even" spacing, or by "importance", or by "influence" (how far a layer turns the residual stream,
             for language models), in a subnet of less depth.
@@ -289,7 +290,7 @@ def _train_stage(
     root = jax.random.fold_in(jax.random.key(config.seed), number)
     unroll = config.unroll
     if unroll is None:
-        unroll = jax.default_backend() == "cpu" and model.config.layers <= 12
+        unroll = jax.default_backend() == "cpu" and model.config.layers <= UNROLLED
 
     full = () if fitted.task.is_language else ("head",)  # a language model's head is pretrained, and frozen
     params = {"lora": init_lora(jax.random.fold_in(root, 0), model, rank=stage.rank, full=full)}

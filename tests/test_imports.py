@@ -18,8 +18,8 @@ FLOORS = [
     {"model"},
     {"sharding", "hf", "lora", "subnet"},
     {"slicing", "importance", "distill", "generate", "vocab"},
-    {"supernet", "stages", "evaluate", "train"},
-    {"timing", "palette", "export", "verify", "info", "load"},
+    {"timing", "supernet", "stages", "evaluate", "train"},
+    {"palette", "export", "verify", "info", "load"},
     {"cli"},
 ]
 SPA_FLOORS = [
