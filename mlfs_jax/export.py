@@ -166,8 +166,8 @@ def _card(fitted: Fitted, name: str, subnet: Subnet, palette: Palette | None) ->
         "## How it was made",
         "",
         f"Subnet `{name}` ({subnet}) of a supernet over `{base}`. Its weights stayed frozen; "
-        f"{len(fitted.stages)} stages of rank-{config.rank} LoRA ({', '.join(map(str, config.steps))} steps of "
-        f"{config.batch_size} examples{_limit(config.limit)}) were trained for the task `{short(task.name)}`"
+        f"{len(fitted.stages)} stages of LoRA ({', '.join(f'{s.steps} steps at rank {s.rank}' for s in config.stages)}; "
+        f"{config.batch_size} examples a step{_limit(config.limit)}) were trained for the task `{short(task.name)}`"
         + (f" ({task.description})" if task.description else "")
         + " and are merged in here. Texts are cut to "
         f"{config.max_length or task.max_length} tokens.",

@@ -70,12 +70,23 @@ class Stage:
         return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 
 
-def paper_stages(steps: tuple[int, ...], learning_rate: float = 1e-3, rank: int = 8) -> tuple[Stage, ...]:
+def paper_stages(
+    steps: tuple[int, ...], learning_rate: float | tuple[float, ...] = 1e-3, rank: int | tuple[int, ...] = 8
+) -> tuple[Stage, ...]:
     """Stage 0: fine-tune the maxnet. Stage 1: widths at full depth. Stage 2: widths and depths.
 
-    ``steps`` holds the length of each; fewer than three leave out the last ones.
+    ``steps`` holds the length of each; fewer than three leave out the last ones. ``learning_rate`` and ``rank`` are one
+    number for all stages, or one for each.
+
+    Raises:
+        ConfigError: no stages, more than three, or another number of learning rates or ranks.
     """
     if not 1 <= len(steps) <= len(SAMPLES):
         raise ConfigError(f"steps = {steps}: expected the number of steps of 1 to {len(SAMPLES)} stages.")
-    plan = enumerate(zip(SAMPLES, steps, strict=False))
-    return tuple(Stage(f"stage{i}", sample, n, learning_rate, rank) for i, (sample, n) in plan)
+    settings = {"learning_rate": learning_rate, "rank": rank}
+    for name, setting in settings.items():
+        settings[name] = setting if isinstance(setting, tuple) else (setting,) * len(steps)
+        if len(settings[name]) != len(steps):
+            raise ConfigError(f"{name} = {setting} for {len(steps)} stages: expected one number, or one for each stage.")
+    plan = zip(SAMPLES, steps, *settings.values(), strict=False)
+    return tuple(Stage(f"stage{i}", *setting) for i, setting in enumerate(plan))

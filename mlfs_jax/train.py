@@ -60,9 +60,9 @@ class FitConfig:
         metric: what to report, e.g. "accuracy", "f1", "pearson"; the default is the task's.
         seed: of new weights, of the order of the data, and of the sampled subnets.
         steps: optimizer steps of stages 0 (maxnet), 1 (widths), 2 (widths and depths); one number is plain LoRA.
-        learning_rate: the peak in every stage: linear warm-up, then cosine to 0.
+        learning_rate: the peak, of all stages or of each: linear warm-up, then cosine to 0.
         batch_size: examples in a step.
-        rank: R of every stage's low-rank pairs.
+        rank: R of the low-rank pairs, of all stages or of each.
         random_subnets: n of the sandwich rule: every step trains the maxnet, the minnet, and n random subnets.
         gamma: exponent of the gradient scaling (n_max / n_j)^gamma.
         distill: how subnets learn from the maxnet.
@@ -90,9 +90,9 @@ class FitConfig:
     metric: str | None = None
     seed: int = 0
     steps: tuple[int, ...] = (300, 300, 300)
-    learning_rate: float = 1e-3
+    learning_rate: float | tuple[float, ...] = 1e-3
     batch_size: int = 32
-    rank: int = 8
+    rank: int | tuple[int, ...] = 8
     random_subnets: int = 2
     gamma: float = 0.0
     distill: DistillConfig = field(default_factory=DistillConfig)

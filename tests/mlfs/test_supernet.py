@@ -99,6 +99,17 @@ def test_sandwich_rule():
     assert depths.subnets(few, jax.random.key(0)) == (few.minnet,)
 
 
+def test_settings_of_all_stages_or_of_each():
+    stages = mlfs.paper_stages((5, 4, 3), learning_rate=(1e-3, 1e-3, 3e-4), rank=6)
+    assert [(s.sample, s.steps, s.learning_rate, s.rank) for s in stages] == [
+        ("maxnet", 5, 1e-3, 6),
+        ("width", 4, 1e-3, 6),
+        ("width-depth", 3, 3e-4, 6),
+    ]
+    with pytest.raises(ConfigError, match=r"rank = \(4, 8\) for 3 stages: expected one number, or one for each"):
+        mlfs.paper_stages((1, 1, 1), rank=(4, 8))
+
+
 def test_gradient_weights():
     np.testing.assert_allclose(gradient_weights([100, 50, 10], 0.0), [1, 1, 1])
     w = gradient_weights([100, 50, 10], 0.5)

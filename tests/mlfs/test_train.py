@@ -103,12 +103,14 @@ def test_a_palette_learns_the_task(config, tiny_hf, tmp_path):
         config,
         model=str(tmp_path / "model"),
         steps=(120, 30, 30),
+        learning_rate=(1e-2, 1e-2, 5e-3),
         rank=4,
         batch_size=16,
         random_subnets=0,
         save_every=1000,
     )
     fitted = mlfs.fit(config, tmp_path / "run", console=QUIET)
+    assert mlfs.load_run(tmp_path / "run").config == config
     test = config.load_data(fitted.task, fitted.model)["test"]
     for name in ("maxnet", "minnet"):
         small = mlfs.slice_subnet(fitted.merged, fitted.space.named(name))
