@@ -162,12 +162,13 @@ def _data_note(task: str) -> str:
 def _card(fitted: Fitted, name: str, subnet: Subnet, palette: Palette | None) -> str:
     """The part of the model card that the run knows."""
     config, task, base = fitted.config, fitted.task, short(fitted.config.model)
+    steps = ", ".join(f"{stage.steps} steps of rank {stage.rank}" for stage in config.stages)
     lines = [
         "## How it was made",
         "",
         f"Subnet `{name}` ({subnet}) of a supernet over `{base}`. Its weights stayed frozen; "
-        f"{len(fitted.stages)} stages of LoRA ({', '.join(f'{s.steps} steps at rank {s.rank}' for s in config.stages)}; "
-        f"{config.batch_size} examples a step{_limit(config.limit)}) were trained for the task `{short(task.name)}`"
+        f"{len(fitted.stages)} stages of LoRA ({steps}, "
+        f"{config.batch_size} examples each{_limit(config.limit)}) were trained for the task `{short(task.name)}`"
         + (f" ({task.description})" if task.description else "")
         + " and are merged in here. Texts are cut to "
         f"{config.max_length or task.max_length} tokens.",

@@ -87,6 +87,6 @@ def paper_stages(
     for name, setting in settings.items():
         settings[name] = setting if isinstance(setting, tuple) else (setting,) * len(steps)
         if len(settings[name]) != len(steps):
-            raise ConfigError(f"{name} = {setting} for {len(steps)} stages: expected one number, or one for each stage.")
+            raise ConfigError(f"{name} = {setting} for {len(steps)} stages: expected one number, or one for each.")
     plan = zip(SAMPLES, steps, *settings.values(), strict=False)
     return tuple(Stage(f"stage{i}", *setting) for i, setting in enumerate(plan))

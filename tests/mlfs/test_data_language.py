@@ -242,9 +242,7 @@ def test_the_prompt_does_not_depend_on_the_completion(model):
 
 
 def test_prompts_that_cannot_be_cut_or_are_nothing(model):
-    with pytest.raises(
-        ConfigError, match=r"leaves 2 tokens for a prompt, and its end .* alone has"
-    ):
+    with pytest.raises(ConfigError, match=r"leaves 2 tokens for a prompt, and its end .* alone has"):
         encode_seq2seq(seq2seq_examples(3), model, 4, 2)
     with pytest.raises(DataError, match="the prompt '' is no token"):
         encode_seq2seq(Examples([""], completions=[" a"]), model, 16, 8)
