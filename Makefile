@@ -25,7 +25,7 @@ endef
 # A command that a user would type, printed as he would type it.
 mlfs = @printf '\n$$ mlfs %s\n' '$(1)'; $(BIN)/mlfs $(1)
 
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo docs test lint format clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -38,6 +38,14 @@ setup: .venv/.test  ## .venv with the package (editable) and all that the tests 
 
 .venv/.core: setup.cfg
 	$(call install,.)
+
+# Installed beside what is there: an editable install with one extra keeps those of another.
+.venv/.docs: setup.cfg
+	$(call install,.[docs])
+	@touch .venv/.core
+
+docs: .venv/.docs  ## the site, into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 demo: .venv/.core  ## fetch a model and data, fit a small palette, show, export and verify it (runs/demo)
 	@rm -rf runs/demo exported/quarter
@@ -60,5 +68,5 @@ format: .venv/.test  ## let ruff sort the imports and lay out the code
 	$(BIN)/ruff format .
 
 clean:  ## remove .venv, runs, exported and the caches
-	rm -rf .venv runs exported build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv runs exported site build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -19,7 +19,7 @@ from mlfs_jax.terminal import log_to_stderr, print_json, print_table, run_comman
 HELP = """\
 usage: mlfs COMMAND ...      (mlfs COMMAND --help lists its options)
 
-Turn one pretrained encoder into a palette of smaller ones.
+Turn one pretrained encoder or decoder into a palette of smaller ones.
 
   fetch    download models and data of the catalogue, verified; alone: list it
   fit      train a palette: three stages of LoRA on a frozen model; resumable
@@ -39,6 +39,7 @@ examples:
   mlfs verify exported/quarter --against runs/demo
   mlfs generate --model smollm2-135m --prompt "The capital of France is"
   mlfs info runs/demo --json
+  mlfs --print-completion bash (or zsh, tcsh; see your shell's manual)
 """
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -56,7 +57,8 @@ Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 (verify found a difference), 2 (a mistake), 130 (interrupted)."""
-    return run_command(argv, HELP, COMMANDS, _run)
+    made = lambda: COMMANDS | {"fit": _fit_from("full"), "generate": _generate_with()}  # noqa: E731
+    return run_command(argv, HELP, COMMANDS, _run, prog="mlfs", functions=made)
 
 
 def _run(command: str, args: list[str]) -> int:
@@ -74,26 +76,38 @@ def _run(command: str, args: list[str]) -> int:
         return tyro.cli(function, prog=f"mlfs {command}", args=args, config=config) or 0
 
 
-def fetch(names: Names = (), /, *, check: Flag = False) -> None:
+def fetch(names: Names = (), /, *, check: Flag = False, json: Flag = False) -> None:
     """Download models and data sets into the cache, and verify them.
 
     Args:
         names: of the catalogue, or hub ids org/name; none: list the catalogue.
         check: of what is in the cache already, compare the sha256 and not only the size.
+        json: print the list, or the folders, as JSON and nothing else.
     """
     from mlfs_jax.registry import fetch as fetch_entry
     from mlfs_jax.registry import is_whole
 
     if not names:
-        for e in ENTRIES:
-            cached = "cached" if is_whole(e.cached, e) else f"{e.size / 1e6:.0f} MB"
-            print(f"{e.name:<14} {e.kind:<6} {cached:>7}  {e.description} [{e.licence}]")
+        listed = [
+            {"name": e.name, "kind": e.kind, "megabytes": round(e.size / 1e6), "cached": is_whole(e.cached, e)}
+            | {"description": e.description, "licence": e.licence}
+            for e in ENTRIES
+        ]
+        if json:
+            return print_json(listed)
+        for e in listed:
+            cached = "cached" if e["cached"] else f"{e['megabytes']} MB"
+            print(f"{e['name']:<14} {e['kind']:<6} {cached:>7}  {e['description']} [{e['licence']}]")
     for name in names:
         if "/" not in name:
             get_entry(name)  # a wrong name is said before anything is downloaded
+    folders = {}
     for name in names:
-        folder = resolve_model(name) if "/" in name else fetch_entry(name, verify=check)
-        print(f"{name}: {folder}")
+        folders[name] = str(resolve_model(name) if "/" in name else fetch_entry(name, verify=check))
+        if not json:
+            print(f"{name}: {folders[name]}")
+    if json:
+        print_json(folders)
 
 
 def _preset(args: list[str]) -> str:

@@ -15,8 +15,17 @@ from mlfs_jax.errors import MLFSError, unknown
 from mlfs_jax.registry import cache_dir
 
 
+SHELLS = ("bash", "zsh", "tcsh")
+
+
 def run_command(
-    argv: Sequence[str] | None, help: str, commands: Mapping[str, Any], run: Callable[[str, list[str]], int]
+    argv: Sequence[str] | None,
+    help: str,
+    commands: Mapping[str, Any],
+    run: Callable[[str, list[str]], int],
+    *,
+    prog: str,
+    functions: Callable[[], Mapping[str, Callable]],
 ) -> int:
     """Run one command; returns the exit code: what ``run(command, arguments)`` says, 2 (a mistake), 130 (interrupted).
 
@@ -24,6 +33,8 @@ def run_command(
         argv: the arguments; None: of the process.
         help: printed for none, and for --help.
         commands: their names are offered where an unknown one is asked for.
+        prog: name of the program.
+        functions: what each command calls, for the shell's completion (``--print-completion SHELL``).
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
@@ -35,6 +46,8 @@ def run_command(
 
             print(importlib.metadata.version("mlfs-jax"))
             return 0
+        if argv[0] == "--print-completion":
+            return _print_completion(prog, functions(), argv[1] if len(argv) > 1 else SHELLS[0])
         if argv[0] not in commands:
             raise unknown("command", argv[0], commands)
         code = run(argv[0], argv[1:])
@@ -52,6 +65,21 @@ def run_command(
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _print_completion(prog: str, functions: Mapping[str, Callable], shell: str) -> int:
+    import tyro
+
+    if shell not in SHELLS:
+        raise unknown("shell", shell, SHELLS)
+    with contextlib.suppress(SystemExit):  # tyro prints and exits
+        tyro.extras.subcommand_cli_from_dict(
+            dict(functions),
+            prog=prog,
+            args=["--tyro-print-completion", shell],
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+    return 0
 
 
 @contextlib.contextmanager

@@ -32,7 +32,8 @@ examples:
   spa eval runs/spa --usage 0.62
   spa baseline --method lora --model smollm2-135m --task wiki-description --out runs/lora
   spa show runs/spa --prompt "The Thames is a river in England.\\n\\nShort description:"
-{cli_network.EXAMPLES}"""
+{cli_network.EXAMPLES}  spa --print-completion bash (or zsh, tcsh; see your shell's manual)
+"""
 
 RunFolder = Annotated[Path, tyro.conf.arg(metavar="RUN")]
 Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
@@ -40,7 +41,8 @@ Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 (a mistake), 130 (interrupted)."""
-    return run_command(argv, HELP, COMMANDS, _run)
+    made = lambda: COMMANDS | {name: make() for name, make in MADE.items()}  # noqa: E731
+    return run_command(argv, HELP, COMMANDS, _run, prog="spa", functions=made)
 
 
 def _run(command: str, args: list[str]) -> int:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 import mlfs_jax.model as backbone_model
@@ -44,7 +45,7 @@ class DecoderCloud:
         chunk: int = 64,
         public: Sequence[Public] = (),
         mesh: Mesh | None = None,
-        dtype=jnp.float32,
+        dtype: DTypeLike = jnp.float32,
     ):
         """
         Args:

@@ -43,7 +43,8 @@ def init_side(
     Args:
         backbone: shape of the model beside it.
         setting: one of "s1", "s2", "s3", "spa".
-        model, importance: both, for a ladder cut out of the model's weights; neither, for a random start.
+        model: to cut a ladder out of its weights, by ``importance``; None: a random start.
+        importance: of the model; with ``model``, or neither.
 
     Raises:
         ConfigError: the config does not fit the backbone; a slice is asked of a plugin, which has no such blocks.

@@ -48,10 +48,10 @@ def beam_search(
     """The best hypothesis of each text that K = ``beams`` open ones at a time lead to.
 
     A hypothesis ends with a stop token that is among the K best continuations, or at ``limit``. The search ends when
-    no text's best open hypothesis, at its present length, is worth more than its K-th ended one.
+    no text's best open hypothesis, at its present length, is worth more than its K-th ended one. What is not named
+    below is as in :func:`mlfs_jax.generate.decode`, of B rows.
 
     Args:
-        step, state, first, room, limit, stop: as in :func:`mlfs_jax.generate.decode`, of B rows.
         reorder: ``reorder(state, rows)``: the state whose row i is the given state's row ``rows[i]``; a row may be
             taken more than once, or not at all.
         length_penalty: scores are sums of log-probabilities / length^penalty; a stop token counts.

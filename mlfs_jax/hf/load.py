@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array
 from safetensors import SafetensorError, safe_open
 
@@ -71,7 +72,7 @@ class _Tensor:
     def shape(self) -> tuple[int, ...]:
         return tuple(self.handle.get_slice(self.key).get_shape())
 
-    def read(self, dtype) -> np.ndarray:
+    def read(self, dtype: DTypeLike) -> np.ndarray:
         value = self.handle.get_tensor(self.key)
         if not jnp.issubdtype(value.dtype, jnp.floating):
             raise CheckpointError(
@@ -88,7 +89,7 @@ def from_pretrained(
     labels: int | None = None,
     problem: str | None = None,
     key: int | Array = 0,
-    dtype=jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     sharding: Placement | None = None,
 ) -> Model:
     """A pretrained model: a name of the catalogue, a hub id, a local Hugging Face directory, or a GGUF file.
@@ -129,7 +130,7 @@ def load_checkpoint(
     labels: int | None = None,
     problem: str | None = None,
     key: int | Array = 0,
-    dtype=jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     sharding: Placement | None = None,
 ) -> tuple[Model, LoadReport]:
     """:func:`from_pretrained` for a local directory, with the report."""

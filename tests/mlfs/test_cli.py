@@ -125,7 +125,7 @@ def test_mistakes(tiny_run, tiny_hf, mood_task, fit_flags, tmp_path, capsys):
 def test_help(capsys):
     assert main(["--help"]) == 0 and capsys.readouterr().out == HELP
     assert main([]) == 2
-    assert len(HELP.splitlines()) <= 24 and max(map(len, HELP.splitlines())) <= 80, "one screen"
+    assert len(HELP.splitlines()) <= 40 and max(map(len, HELP.splitlines())) <= 80, "one screen"
     for command in COMMANDS:
         assert f"  {command} " in HELP and f"mlfs {command} " in HELP
         capsys.readouterr()
@@ -133,6 +133,15 @@ def test_help(capsys):
             main([command, "--help"])
         shown = capsys.readouterr().out
         assert end.value.code == 0 and f"usage: mlfs {command}" in shown
+
+
+def test_completion(capsys):
+    """A script for the shell that knows every command and its flags."""
+    assert main(["--print-completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    assert "complete -F" in script and all(repr(command) in script for command in COMMANDS)
+    assert "--distill.alpha" in script and "--no-json" not in script
+    assert "unknown shell 'fish'" in error_of(capsys, "--print-completion", "fish")
 
 
 def test_help_of_fit_shows_every_field_and_the_presets_defaults(capsys):
@@ -163,6 +172,9 @@ def test_fetch_lists_the_catalogue(capsys, tmp_path, monkeypatch):
     assert main(["fetch"]) == 0
     shown = capsys.readouterr().out
     assert all(entry.name in shown and entry.licence in shown for entry in ENTRIES)
+    listed = json_of(capsys, "fetch")
+    assert {entry["name"] for entry in listed} == {entry.name for entry in ENTRIES}
+    assert not any(entry["cached"] for entry in listed)
     described = json_of(capsys, "info", "minilm-l6")
     assert described["licence"] == "Apache-2.0" and "not in the cache" in described["folder"]
 

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from mlfs_jax.errors import ConfigError
-from spa_jax.cli import main
+from spa_jax.cli import COMMANDS, main
 from spa_jax.evaluate import evaluate_run
 from spa_jax.show import Shown, _words, as_html, as_rich
 
@@ -90,8 +90,13 @@ def test_mistakes_are_one_line(run, line, message, capsys, tmp_path, monkeypatch
 
 
 def test_help(capsys):
-    assert main([]) == 2 and main(["--help"]) == 0
-    assert "spa eval runs/spa --usage 0.62" in capsys.readouterr().out
+    assert main([]) == 2
+    assert capsys.readouterr().out and main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "spa eval runs/spa --usage 0.62" in shown and len(shown.splitlines()) <= 40, "one screen"
+    assert main(["--print-completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    assert all(repr(command) in script for command in COMMANDS) and "--gate.usage" in script
 
 
 def test_colours():
