@@ -14,7 +14,6 @@ from typing import Any
 from mlfs_jax.errors import MLFSError, unknown
 from mlfs_jax.registry import cache_dir
 
-
 SHELLS = ("bash", "zsh", "tcsh")
 
 
