@@ -25,7 +25,7 @@ endef
 # A command that a user would type, printed as he would type it.
 mlfs = @printf '\n$$ mlfs %s\n' '$(1)'; $(BIN)/mlfs $(1)
 
-.PHONY: help setup demo docs test lint format clean
+.PHONY: help setup demo docs experiments test lint format clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -55,6 +55,17 @@ demo: .venv/.core  ## fetch a model and data, fit a small palette, show, export 
 	$(call mlfs,export runs/demo --subnet quarter --to exported/quarter)
 	$(call mlfs,verify exported/quarter --against runs/demo)
 	$(call mlfs,info runs/demo)
+
+# What two cores can do; the last three take hours, and go on where they were stopped.
+STUDIES := bench_execution bench_cloud fuzz_frames mlfs_encoder_palette mlfs_decoder spa_tables
+
+experiments: demo  ## measure again what README and experiments/README.md show; hours, resumable
+	@cp runs/demo/palette.json experiments/results/demo_palette.json
+	@cp runs/demo/palette.png experiments/results/demo_palette.png
+	$(BIN)/spa latency --png experiments/results/spa_latency.png --json > experiments/results/spa_latency.tmp
+	@mv experiments/results/spa_latency.tmp experiments/results/spa_latency.json
+	@for study in $(STUDIES); do echo "$$ python experiments/$$study.py"; $(BIN)/python experiments/$$study.py || exit; done
+	$(BIN)/python experiments/index.py
 
 test: .venv/.test  ## the tests; ARGS="-k name" for some
 	@$(BIN)/mlfs fetch minilm-l6 bert-tiny smollm2-135m wiki movie || echo "no download: tests of real checkpoints are skipped"

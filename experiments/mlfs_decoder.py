@@ -30,7 +30,7 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from store import load_results, save_result
+from store import load_results, mean_and_spread, save_result
 
 import mlfs_jax as mlfs
 from mlfs_jax.backbone.tree import map_named
@@ -39,6 +39,7 @@ from mlfs_jax.data.encode import load_task
 from mlfs_jax.evaluate import evaluate
 from mlfs_jax.importance import block_influence, importance_order, measure_importance, reorder
 from mlfs_jax.subnet import Subnet, num_params
+from mlfs_jax.timing import device_name
 from mlfs_jax.vocab import Hidden, lm_distill_loss, lm_loss
 
 RESULTS = Path(__file__).parent / "results" / "mlfs_decoder.json"
@@ -181,8 +182,8 @@ def report(preset: str, console: Console) -> None:
         steps = [int(step) for step in runs[0]["curve"]]
         curves = np.array([list(r["curve"].values()) for r in runs])
         spread = curves.std(0, ddof=1) if len(runs) > 1 else np.zeros(len(steps))
-        cell = lambda i: f"{curves[:, i].mean():.2f}" + (f" ± {spread[i]:.2f}" if len(runs) > 1 else "")  # noqa: B023, E731
-        table.add_row(arm.name, f"{runs[0]['share']:.3f}", cell(0), cell(-1), str(len(runs)))
+        ends = (mean_and_spread(curves[:, i].tolist(), "{:.2f}".format) for i in (0, -1))
+        table.add_row(arm.name, f"{runs[0]['share']:.3f}", *ends, str(len(runs)))
         panel.errorbar(steps, curves.mean(0), spread, marker="o", markersize=3, capsize=2, label=arm.name)
     whole = results[0]["teacher"]
     console.print(table)
@@ -203,7 +204,7 @@ def main(options: Options) -> None:
     data["validation"] = data["validation"].subset(preset.limit)
     teacher = evaluate(plain, data["validation"], "perplexity")["perplexity"]
     best, ranked = ordered_model(plain, data["train"], preset)
-    config, device = dataclasses.asdict(preset), jax.devices()[0].device_kind
+    config, device = dataclasses.asdict(preset), device_name()
     for seed in options.seeds:
         for arm in (arm for arm in ARMS if arm.name in options.arms):
             key = f"{options.preset}/{arm.name}/{seed}"

@@ -34,13 +34,14 @@ import numpy as np
 import tyro
 from rich.console import Console
 from rich.table import Table
-from store import load_results, save_result
+from store import load_results, mean_and_spread, save_result
 
 import spa_jax as spa
 from mlfs_jax.data.batches import Batches
 from mlfs_jax.data.encode import fingerprint
 from mlfs_jax.model import Model
 from mlfs_jax.supernet import TrainState
+from mlfs_jax.timing import device_name
 from mlfs_jax.vocab import Hidden, lm_loss
 from spa_jax.ladders import LadderCache
 from spa_jax.train import SideTrainer
@@ -256,13 +257,6 @@ JOBS: dict[str, Callable[[Bench], dict]] = {
 SEEDLESS = ("zero-shot", "one-shot")
 
 
-def cell(runs: list[dict], name: str, digits: int = 1) -> str:
-    """Mean and standard deviation over seeds, in percent."""
-    values = 100 * np.array([run[name] for run in runs])
-    spread = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{values.mean():.{digits}f}{spread}"
-
-
 TABLES = {
     "Table 1: prompting, LST, SPA": (("zero-shot", "one-shot", "s3", "spa"), ("rougeL",)),
     "Table 3: settings": (("s1", "s2", "s3", "spa"), ("rouge1", "rouge2", "rougeL", "usage")),
@@ -292,7 +286,8 @@ def report(preset: str, console: Console) -> None:
                 table.add_column(name, justify="left" if not name else "right")
             for job in jobs:
                 if runs := of(job):
-                    table.add_row(job, *(cell(runs, name) for name in names), str(len(runs)))
+                    percent = (mean_and_spread([100 * run[name] for run in runs]) for name in names)
+                    table.add_row(job, *percent, str(len(runs)))
             console.print(table)
         panel = panels[0][column]
         for job, marker in (("s1", "s"), ("s3", "v"), ("s2", "D"), ("spa", "o"), ("spa, no budget", "P")):
@@ -341,7 +336,7 @@ def main(options: Options) -> None:
                 result = measure(bench)
                 result |= {"preset": options.preset, "task": task, "seed": seed, "job": job, "asked": asked}
                 result |= {"seconds": round(time.time() - start), "cpu_seconds": round(time.process_time() - cpu)}
-                save_result(RESULTS, key, result | {"device": jax.devices()[0].device_kind})
+                save_result(RESULTS, key, result | {"device": device_name()})
                 shown = {k: round(v, 4) for k, v in result.items() if isinstance(v, float)}
                 console.print(f"{shown} in {result['seconds']} s")
     report(options.preset, console)

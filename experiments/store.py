@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import json
+import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 
@@ -20,3 +22,9 @@ def save_result(file: Path, key: str, result: dict) -> None:
         fresh = file.with_suffix(".tmp")
         fresh.write_text(json.dumps(dict(sorted((load_results(file) | {key: result}).items())), indent=1))
         fresh.replace(file)
+
+
+def mean_and_spread(values: Sequence[float], show: Callable[[float], str] = "{:.1f}".format) -> str:
+    """ "12.3 ± 0.4": mean and standard deviation over seeds; of a single one, itself."""
+    spread = f" ± {show(statistics.stdev(values))}" if len(values) > 1 else ""
+    return show(statistics.mean(values)) + spread

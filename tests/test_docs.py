@@ -84,10 +84,10 @@ def commands(page: str) -> list[list[str]]:
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
-@pytest.mark.parametrize("page", of("bash"))
-def test_commands_are_parsed(page, monkeypatch, capsys):
-    """By the parser that would read them, with its flags; nothing is done."""
-    parse = tyro.cli
+@pytest.fixture
+def parse(monkeypatch, capsys):
+    """Have a command line read by the parser that would read it, with its flags; nothing is done."""
+    real = tyro.cli
 
     def only_parse(function, **settings):
         if not isinstance(function, type):
@@ -96,13 +96,14 @@ def test_commands_are_parsed(page, monkeypatch, capsys):
             def function(*args, of=function, **kwargs):
                 return 0
 
-        return parse(function, **settings)
+        return real(function, **settings)
 
     monkeypatch.setattr(tyro, "cli", only_parse)
     monkeypatch.syspath_prepend(ROOT / "experiments")
     for package in ("mlfs_jax", "spa_jax"):
         monkeypatch.setattr(importlib.import_module(f"{package}.cli"), "set_up_jax", lambda: None)
-    for words in commands(page):
+
+    def parse(words: list[str]) -> None:
         while "=" in words[0]:  # variables of the environment
             words = words[1:]
         said = shlex.join(words)
@@ -125,19 +126,39 @@ def test_commands_are_parsed(page, monkeypatch, capsys):
             case [name, *_]:
                 assert name in ELSEWHERE, said
 
+    return parse
+
 
 def parse_script(script: str, args: list[str], monkeypatch) -> None:
     """An experiment's arguments, by its own options."""
-    parse = tyro.cli
+    read = tyro.cli
 
     def stop(*given, **settings):
-        parse(*given, **settings)
+        read(*given, **settings)
         raise _Parsed
 
     with monkeypatch.context() as patch, pytest.raises(_Parsed):
         patch.setattr(tyro, "cli", stop)
         patch.setattr(sys, "argv", [script, *args])
         runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+@pytest.mark.parametrize("page", of("bash"))
+def test_commands_are_parsed(page, parse):
+    for words in commands(page):
+        parse(words)
+
+
+def test_commands_of_experiments_are_parsed(parse, monkeypatch):
+    """Those within sentences, and those of the index."""
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    for command in {*re.findall(r"`(python experiments/[^`]+)`", text)}:
+        parse(shlex.split(command))
+    import index
+
+    for row in (*index.MLFS, *index.SPA):
+        if row.command:
+            parse(shlex.split(row.command))
 
 
 def test_readme_shows_every_command_of_mlfs():
@@ -151,6 +172,45 @@ def test_reference_has_every_public_name(package, page):
     shown = set(re.findall(r"^::: (\S+)", (ROOT / page).read_text(), re.MULTILINE))
     homes = {name: getattr(package, name).__module__ for name in package.__all__}
     assert {name: home for name, home in homes.items() if home not in shown} == {}
+
+
+def test_tables_are_what_the_results_say(monkeypatch):
+    """`python experiments/index.py` writes them; every file of results has its place."""
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    import index
+
+    for page in index.PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert index.generated(text) == text, f"{page.name} is stale: python experiments/index.py"
+    source = (ROOT / "experiments/tables.py").read_text(encoding="utf-8")
+    shown = set(re.findall(r"read\(\"(\w+)\"\)", source))
+    assert {file.stem for file in (ROOT / "experiments/results").glob("*.json")} <= shown
+
+
+def test_the_index_speaks_of_what_was_measured(monkeypatch, tmp_path):
+    """Both outcomes, and none: on results made for this."""
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    import index
+    import tables
+
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert index.alpha() is None and "nothing yet" in index.SECTIONS["spa-index"]()
+
+    def measure(**finals):
+        runs = {
+            f"{arm}/{seed}": {"preset": "cpu", "arm": arm.replace("_", " "), "seed": seed, "device": "cpu"}
+            | {"curve": {"0": 100.0, "9": value + seed}}
+            for arm, value in finals.items()
+            for seed in (0, 1)
+        }
+        (tmp_path / "mlfs_decoder.json").write_text(json.dumps(runs))
+
+    measure(**{"width,_alpha_0.9": 10, "width,_alpha_0.5": 20, "width,_alpha_0": 30})
+    assert index.alpha() == index.Finding("perplexity by alpha, 0.9: 10.5, 0.5: 20.5, 0: 30.5", True, "2 seeds, a CPU")
+    measure(**{"width,_alpha_0.9": 10, "width,_alpha_0.5": 40, "width,_alpha_0": 30})
+    assert not index.alpha().same
+    row = next(row for row in index.MLFS if row.find is index.alpha)
+    assert row.cells()[4:] == ["**no**", "not explained yet"]
 
 
 def test_the_site_builds(tmp_path, monkeypatch):

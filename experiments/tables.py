@@ -1,0 +1,187 @@
+"""Tables in Markdown of what is in results/*.json. Nothing here is typed that was measured; see index.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from store import load_results, mean_and_spread
+
+RESULTS = Path(__file__).parent / "results"
+PRESETS = ("h200", "cpu")
+"""The larger first: where both were run, the index speaks of that."""
+
+
+def read(name: str) -> dict:
+    return load_results(RESULTS / f"{name}.json")
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table; the first column is text, the others are numbers."""
+    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def where(runs: Sequence[dict]) -> str:
+    """How many seeds, on what."""
+    seeds, devices = {run["seed"] for run in runs}, {run["device"] for run in runs}
+    count = f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
+    return f"{count}, {', '.join(sorted('a CPU' if device == 'cpu' else device for device in devices))}"
+
+
+def share(value: float) -> str:
+    return f"{100 * value:.0f} %"
+
+
+def number(value: float) -> str:
+    """A perplexity, which may be 20 or a million."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}"
+
+
+accuracy = "{:.3f}".format
+
+
+def chosen(results: dict) -> list[dict]:
+    """The runs of the largest preset that has any."""
+    for preset in PRESETS:
+        if runs := [run for run in results.values() if run["preset"] == preset]:
+            return runs
+    return []
+
+
+# ------------------------------------------------------------------------------------------------------------- MLFS
+def demo() -> str:
+    palette = read("demo_palette")
+    batches = list(palette["rows"][0]["latency_ratio"])
+    columns = ["subnet", "parameters without embeddings [M]", "whole HF checkpoint [M]", "GFLOP"]
+    columns += [f"time, batch {batch}" for batch in batches] + [f"test {palette['metric']}"]
+    rows = []
+    for row in palette["rows"]:
+        sizes = [f"{row['params_body'] / 1e6:.2f}", f"{row['params_exported'] / 1e6:.2f}", f"{row['flops'] / 1e9:.3f}"]
+        rows.append([row["name"], *sizes, *(f"{row['latency_ratio'][b]:.2f}" for b in batches), accuracy(row["score"])])
+    said = (
+        f"{palette['examples']:,} examples of the {palette['split']} split; always answering the commonest class is "
+        f"right for {accuracy(palette['baseline'])} of them. Times are shares of the maxnet's, on {palette['device']}."
+    )
+    return f"{said}\n\n{markdown(columns, rows)}"
+
+
+def execution() -> str:
+    rows = read("bench_execution")["rows"]
+    names = list(dict.fromkeys(name.rsplit(" ", 1)[0] for name in rows if name != "maxnet"))
+    cells = []
+    for name in names:
+        masked, sliced = rows[f"{name} masked"], rows[f"{name} sliced"]
+        cells.append([name, *(f"{x:.2f}" for x in (masked["flops_share"], masked["of_maxnet"], sliced["of_maxnet"]))])
+    return markdown(("subnet", "FLOPs", "masked", "sliced"), cells)
+
+
+def encoder() -> str:
+    cells = []
+    results = [run for run in read("mlfs_encoder_palette").values() if "palette" in run]
+    for preset in PRESETS:
+        for task in dict.fromkeys(run["task"] for run in results):
+            runs = [run for run in results if (run["preset"], run["task"]) == (preset, task)]
+            for name in runs[0]["palette"] if runs else ():
+                scores = [run["palette"][name]["test"]["accuracy"] for run in runs]
+                size = runs[0]["palette"][name]["share"]
+                cells.append([f"{task}, {name}", f"{size:.2f}", mean_and_spread(scores, accuracy), where(runs), preset])
+            if alone := [run["baseline"]["test"]["accuracy"] for run in runs if "baseline" in run]:
+                size = runs[0]["palette"]["quarter"]["share"]
+                what = f"{task}, *cut to a quarter, trained alone*"
+                cells.append([what, f"{size:.2f}", mean_and_spread(alone, accuracy), where(runs), preset])
+    return markdown(("subnet", "share of the body", "test accuracy", "measured with", "preset"), cells)
+
+
+def decoder() -> str:
+    cells, whole = [], set()
+    for preset in PRESETS:
+        results = [run for run in read("mlfs_decoder").values() if run["preset"] == preset]
+        whole |= {number(run["teacher"]) for run in results}
+        for arm in dict.fromkeys(run["arm"] for run in results):
+            runs = [run for run in results if run["arm"] == arm]
+            curves = [list(run["curve"].values()) for run in runs]
+            ends = [mean_and_spread([curve[i] for curve in curves], number) for i in (0, -1)]
+            steps = list(runs[0]["curve"])[-1]
+            cells.append([arm, f"{runs[0]['share']:.2f}", *ends, steps, where(runs), preset])
+    columns = ("how", "share of the body", "at the start", "at the end", "steps", "measured with", "preset")
+    return f"Validation perplexity; the whole model has {' and '.join(whole)}.\n\n{markdown(columns, cells)}"
+
+
+# -------------------------------------------------------------------------------------------------------------- SPA
+SPA_JOBS = {
+    "zero-shot": "zero-shot prompt",
+    "one-shot": "one-shot prompt",
+    "s3": "S3 (LST): the side network alone",
+    "s2": "S2: one or the other",
+    "spa": "SPA, threshold for the wanted usage",
+    "spa, no budget": "SPA, threshold 1/2",
+    "spa, medium": "SPA, threshold 1/2, medium data",
+    "spa, small": "SPA, threshold 1/2, small data",
+    "s1": "S1: the side network at every token",
+}
+
+
+def spa() -> str:
+    cells, results = [], read("spa_tables").values()
+    for preset in (*PRESETS, "paper"):
+        for task in dict.fromkeys(run["task"] for run in results):
+            for job, said in SPA_JOBS.items():
+                runs = [run for run in results if (run["preset"], run["task"], run["job"]) == (preset, task, job)]
+                if runs:
+                    scores = [mean_and_spread([100 * run[f"rouge{n}"] for run in runs]) for n in (1, 2, "L")]
+                    used = [100 * run["usage"] for run in runs if "usage" in run]
+                    usage = mean_and_spread(used, "{:.0f}".format) + " %" if used else ""
+                    cells.append([f"{task}, {said}", *scores, usage, where(runs), preset])
+    columns = ("", "Rouge-1", "Rouge-2", "Rouge-L", "tokens that asked the side network", "measured with", "preset")
+    return markdown(columns, cells)
+
+
+def latency() -> str:
+    found = read("spa_latency")
+    if not found:
+        return NOTHING
+    links = list(dict.fromkeys((row["link"]["rtt_ms"], row["link"]["bandwidth_mb_s"]) for row in found["rows"]))
+    methods = list(dict.fromkeys(row["method"] for row in found["rows"]))
+    cells = []
+    for link in links:
+        rows = {r["method"]: r for r in found["rows"] if (r["link"]["rtt_ms"], r["link"]["bandwidth_mb_s"]) == link}
+        told = [f"{rows[m]['predicted']['total']:.0f} / {rows[m]['measured']['total']:.0f}" for m in methods]
+        cells.append([f"{link[0]:g} ms, {link[1]:g} MB/s", *told])
+    worst = max(abs(row["error"]) for row in found["rows"])
+    said = (
+        f"ms a token, predicted / measured over an emulated link, {found['tokens']} tokens each; the cloud's part is "
+        f"set to {found['cloud_ms']:g} ms, the device's to {found['device_ms']:g} ms. The prediction is off by "
+        f"{share(worst)} at most."
+    )
+    return f"{said}\n\n{markdown(('link', *methods), cells)}"
+
+
+# ------------------------------------------------------------------------------------------------------------ others
+def gguf() -> str:
+    found = read("check_gguf_llamacpp")
+    cells = []
+    for name, file in found["files"].items():
+        change = file["perplexity_llamacpp"] / file["perplexity_before_export"] - 1
+        perplexity = (
+            number(file["perplexity_llamacpp"]) if name.startswith("slice") else f"{file['perplexity_llamacpp']:.3f}"
+        )
+        same = f"{file['same_continuations']} of {found['prompts']}"
+        cells.append([name, f"{file['megabytes']:.1f}", same, perplexity, f"{100 * change:+.2f} %"])
+    said = (
+        f"{found['model']}, {found['tokens']:,} held-out tokens; {found['prompts']} prompts continued greedily for "
+        f"{found['steps']} tokens; llama-cpp-python {found['llama_cpp_python']}. The slice is not trained."
+    )
+    columns = ("file", "MB", "continuations equal to ours", "perplexity in llama.cpp", "beside the model before export")
+    return f"{said}\n\n{markdown(columns, cells)}"
+
+
+def fuzz() -> str:
+    found = read("fuzz_frames")
+    return (
+        f"{found['frames']:,} mutated frames to the decoders of both ends: no exception but the protocol's own; memory "
+        f"grew by {found['growth_mb_after_warmup']} MB after the first tenth."
+    )
+
+
+NOTHING = "Nothing measured yet."
