@@ -30,7 +30,7 @@ SPA_FLOORS = [
     {"gate_fit", "cloud", "cloud_model"},
     {"config", "latency", "options"},
     {"train", "cli_device"},
-    {"baselines", "show"},
+    {"baselines", "cost", "show"},
     {"evaluate", "cli_network"},
     {"calibration"},
     {"cli"},
