@@ -71,19 +71,22 @@ class Stage:
 
 
 def paper_stages(
-    steps: tuple[int, ...], learning_rate: float | tuple[float, ...] = 1e-3, rank: int | tuple[int, ...] = 8
+    steps: tuple[int, ...],
+    learning_rate: float | tuple[float, ...] = 1e-3,
+    rank: int | tuple[int, ...] = 8,
+    random_subnets: int | tuple[int, ...] = 2,
 ) -> tuple[Stage, ...]:
     """Stage 0: fine-tune the maxnet. Stage 1: widths at full depth. Stage 2: widths and depths.
 
-    ``steps`` holds the length of each; fewer than three leave out the last ones. ``learning_rate`` and ``rank`` are one
-    number for all stages, or one for each.
+    ``steps`` holds the length of each; fewer than three leave out the last ones. The other settings are one number
+    for all stages, or one for each.
 
     Raises:
-        ConfigError: no stages, more than three, or another number of learning rates or ranks.
+        ConfigError: no stages, more than three, or another number of a setting than of stages.
     """
     if not 1 <= len(steps) <= len(SAMPLES):
         raise ConfigError(f"steps = {steps}: expected the number of steps of 1 to {len(SAMPLES)} stages.")
-    settings = {"learning_rate": learning_rate, "rank": rank}
+    settings = {"learning_rate": learning_rate, "rank": rank, "random_subnets": random_subnets}
     for name, setting in settings.items():
         settings[name] = setting if isinstance(setting, tuple) else (setting,) * len(steps)
         if len(settings[name]) != len(steps):

@@ -63,7 +63,8 @@ class FitConfig:
         learning_rate: the peak, of all stages or of each: linear warm-up, then cosine to 0.
         batch_size: examples in a step.
         rank: R of the low-rank pairs, of all stages or of each.
-        random_subnets: n of the sandwich rule: every step trains the maxnet, the minnet, and n random subnets.
+        random_subnets: n of the sandwich rule, of all stages or of each: every step trains the maxnet, the minnet, and
+            n random subnets.
         gamma: exponent of the gradient scaling (n_max / n_j)^gamma.
         distill: how subnets learn from the maxnet.
         embed: choices of the subnet space for channels, as shares of the supernet.
@@ -93,7 +94,7 @@ class FitConfig:
     learning_rate: float | tuple[float, ...] = 1e-3
     batch_size: int = 32
     rank: int | tuple[int, ...] = 8
-    random_subnets: int = 2
+    random_subnets: int | tuple[int, ...] = 2
     gamma: float = 0.0
     distill: DistillConfig = field(default_factory=DistillConfig)
     embed: tuple[float, ...] = (1.0,)
@@ -128,8 +129,7 @@ class FitConfig:
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        stages = paper_stages(self.steps, self.learning_rate, self.rank)
-        return tuple(dataclasses.replace(stage, random_subnets=self.random_subnets) for stage in stages)
+        return paper_stages(self.steps, self.learning_rate, self.rank, self.random_subnets)
 
     def space(self, config: Config, order: Order | None = None) -> SubnetSpace:
         """The subnets of the run; ``order`` ranks the layers, if they are kept by importance."""

@@ -100,11 +100,11 @@ def test_sandwich_rule():
 
 
 def test_settings_of_all_stages_or_of_each():
-    stages = mlfs.paper_stages((5, 4, 3), learning_rate=(1e-3, 1e-3, 3e-4), rank=6)
-    assert [(s.sample, s.steps, s.learning_rate, s.rank) for s in stages] == [
-        ("maxnet", 5, 1e-3, 6),
-        ("width", 4, 1e-3, 6),
-        ("width-depth", 3, 3e-4, 6),
+    stages = mlfs.paper_stages((5, 4, 3), learning_rate=(1e-3, 1e-3, 3e-4), rank=6, random_subnets=(0, 0, 1))
+    assert [(s.sample, s.steps, s.learning_rate, s.rank, s.random_subnets) for s in stages] == [
+        ("maxnet", 5, 1e-3, 6, 0),
+        ("width", 4, 1e-3, 6, 0),
+        ("width-depth", 3, 3e-4, 6, 1),
     ]
     with pytest.raises(ConfigError, match=r"rank = \(4, 8\) for 3 stages: expected one number, or one for each"):
         mlfs.paper_stages((1, 1, 1), rank=(4, 8))
