@@ -33,11 +33,11 @@ RULES: dict[str, str | tuple[str, ...]] = {
 """Name of an array's axis -> axis of the mesh. What is not here is not split: layers, head_dim, rank, positions."""
 
 
-def make_mesh(spec: str, devices: list | None = None) -> Mesh:
-    """A mesh from ``"data=2,fsdp=4,tensor=1"``; what is left out is 1.
+def mesh_sizes(spec: str) -> dict[str, int]:
+    """Axis of the mesh -> its size, from ``"data=2,fsdp=4,tensor=1"``; what is left out is 1.
 
     Raises:
-        ConfigError: no such axis, no whole number, or another number of devices than there are.
+        ConfigError: no such axis, or no whole number.
     """
     sizes = dict.fromkeys(AXES, 1)
     for part in spec.split(","):
@@ -47,6 +47,16 @@ def make_mesh(spec: str, devices: list | None = None) -> Mesh:
         if not size.isdigit() or int(size) < 1:
             raise ConfigError(f"mesh {spec!r}: {name} = {size!r}; expected a whole number of at least 1.")
         sizes[name] = int(size)
+    return sizes
+
+
+def make_mesh(spec: str, devices: list | None = None) -> Mesh:
+    """A mesh from ``"data=2,fsdp=4,tensor=1"``; what is left out is 1.
+
+    Raises:
+        ConfigError: no such axis, no whole number, or another number of devices than there are.
+    """
+    sizes = mesh_sizes(spec)
     devices = jax.devices() if devices is None else devices
     if math.prod(sizes.values()) != len(devices):
         raise ConfigError(

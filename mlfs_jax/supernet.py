@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from mlfs_jax.backbone.tree import Mask, Output
@@ -22,6 +23,7 @@ from mlfs_jax.distill import DistillConfig, feature_loss, logit_loss, task_loss
 from mlfs_jax.errors import ConfigError
 from mlfs_jax.lora import lora_axes
 from mlfs_jax.model import abstract, forward
+from mlfs_jax.sharding import replicated, state_shardings
 from mlfs_jax.slicing import slice_base, slice_config, slice_lora, slice_mask
 from mlfs_jax.subnet import Subnet, kept_size, make_mask, maxnet
 from mlfs_jax.vocab import Hidden, lm_distill_loss, lm_loss
@@ -38,6 +40,13 @@ class TrainState:
     params: Params
     opt_state: optax.OptState
     step: Int[Array, ""]
+
+
+def state_places(mesh: Mesh, base: nnx.State, params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """Where a training state goes on a mesh, as shardings: :attr:`Supernet.places`. Shapes will do for the trees."""
+    axes = {"lora": lora_axes(base, params["lora"]), "features": ("embed", "features")}
+    trained, moments = state_shardings(mesh, optimizer, params, {name: axes[name] for name in params})
+    return TrainState(trained, moments, replicated(mesh))
 
 
 def gradient_weights(trainable: list[int], gamma: float) -> list[float]:
@@ -59,6 +68,7 @@ class Supernet:
             compile for each distinct width, and saves the time.
         unroll: unroll the scan over layers: longer to compile, faster on a CPU (a scan copies what it keeps for the
             backward pass).
+        remat: recompute each layer in the backward pass instead of keeping its activations.
         places: where the state lies on a mesh, as shardings (:mod:`mlfs_jax.sharding`); it stays there.
     """
 
@@ -67,6 +77,7 @@ class Supernet:
     optimizer: optax.GradientTransformation
     execution: str = "sliced"
     unroll: bool = False
+    remat: bool = False
     places: TrainState | None = None
 
     def __post_init__(self):
@@ -90,6 +101,7 @@ class Supernet:
             lora=lora,
             mask=mask,
             taps=self.distill.beta > 0,
+            remat=self.remat,
             unroll=self.unroll,
             logits=self.config.head != "lm",  # [B, T, V]: the loss goes through it in chunks
         )

@@ -32,15 +32,15 @@ from mlfs_jax.errors import ConfigError
 from mlfs_jax.evaluate import evaluate
 from mlfs_jax.hf.load import from_pretrained
 from mlfs_jax.importance import Order, block_influence, importance_order, measure_importance, reorder, reorder_lora
-from mlfs_jax.lora import Lora, init_lora, load_lora, lora_axes, merge_lora, save_lora, stack_stages
+from mlfs_jax.lora import Lora, init_lora, load_lora, merge_lora, save_lora, stack_stages
 from mlfs_jax.model import Model, forward
 from mlfs_jax.registry import ENTRIES
 from mlfs_jax.run import Preemption, Run, preemption
-from mlfs_jax.sharding import replicated, shard_base, shard_batch, sharding_of, state_shardings
+from mlfs_jax.sharding import shard_base, shard_batch, sharding_of
 from mlfs_jax.slicing import slice_subnet
 from mlfs_jax.stages import Stage, paper_stages
 from mlfs_jax.subnet import SubnetSpace
-from mlfs_jax.supernet import EXECUTIONS, Supernet, TrainState
+from mlfs_jax.supernet import EXECUTIONS, Params, Supernet, TrainState, state_places
 from mlfs_jax.timing import UNROLLED
 from mlfs_jax.vocab import Hidden, lm_loss
 
@@ -79,6 +79,7 @@ class FitConfig:
         execution: "sliced" runs each subnet at its true widths, "masked" at the supernet's with one compile for all.
         unroll: unroll the scan over layers: slower to compile, faster on a CPU where layers are small. The default does
             on a CPU up to 12 layers.
+        remat: recompute each layer in the backward pass instead of keeping its activations: less memory, more time.
         max_length: tokens; longer texts are cut. The default is the task's.
         buckets: lengths that batches are padded to (each is one more compile of a step).
         limit: at most this many examples of each split.
@@ -106,6 +107,7 @@ class FitConfig:
     importance_examples: int = 512
     execution: str = "sliced"
     unroll: bool | None = None
+    remat: bool = False
     max_length: int | None = None
     buckets: tuple[int, ...] = BUCKETS
     limit: int | None = None
@@ -280,6 +282,15 @@ def fit(
     return fitted
 
 
+def init_params(key: jax.Array, model: Model, stage: Stage, distill: DistillConfig) -> Params:
+    """What a stage trains, at its start: low-rank pairs, a classification head whole, a projection of features."""
+    full = () if model.config.head == "lm" else ("head",)  # a language model's head is pretrained, and frozen
+    params = {"lora": init_lora(jax.random.fold_in(key, 0), model, rank=stage.rank, full=full)}
+    if stage.sample != "maxnet" and distill.beta:
+        params["features"] = init_projection(jax.random.fold_in(key, 1), model.config.embed, distill)
+    return params
+
+
 def _train_stage(
     fitted: Fitted, number: int, train: Encoded, run: Run, stop: Preemption, mesh: Mesh | None, console: Console
 ) -> Lora | None:
@@ -292,18 +303,13 @@ def _train_stage(
     if unroll is None:
         unroll = jax.default_backend() == "cpu" and model.config.layers <= UNROLLED
 
-    full = () if fitted.task.is_language else ("head",)  # a language model's head is pretrained, and frozen
-    params = {"lora": init_lora(jax.random.fold_in(root, 0), model, rank=stage.rank, full=full)}
-    if stage.sample != "maxnet" and config.distill.beta:
-        params["features"] = init_projection(jax.random.fold_in(root, 1), model.config.embed, config.distill)
+    params = init_params(root, model, stage, config.distill)
     # placed before the first step, as a restored state is: else the step compiles twice
     optimizer, base, places, place_batch = stage.optimizer(), model.base, None, lambda batch: batch
     if mesh is not None:
-        axes = {"lora": lora_axes(base, params["lora"]), "features": ("embed", "features")}
-        trained, moments = state_shardings(mesh, optimizer, params, {name: axes[name] for name in params})
-        places = TrainState(trained, moments, replicated(mesh))
+        places = state_places(mesh, base, params, optimizer)
         base, place_batch = shard_base(mesh, base), partial(shard_batch, mesh)
-    supernet = Supernet(model.config, config.distill, optimizer, config.execution, unroll, places)
+    supernet = Supernet(model.config, config.distill, optimizer, config.execution, unroll, config.remat, places)
     state: TrainState = jax.device_put(supernet.init(params), places or jax.devices()[0])
 
     batches = Batches(train, config.batch_size, seed=config.seed + 1000 * number, buckets=config.buckets)

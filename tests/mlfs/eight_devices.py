@@ -19,8 +19,8 @@ from mlfs_jax.checkpoint import Checkpoints  # noqa: E402
 from mlfs_jax.distill import DistillConfig, init_projection  # noqa: E402
 from mlfs_jax.lora import lora_axes  # noqa: E402
 from mlfs_jax.model import abstract  # noqa: E402
-from mlfs_jax.sharding import replicated, sharding_of, state_shardings  # noqa: E402
-from mlfs_jax.supernet import Supernet, TrainState  # noqa: E402
+from mlfs_jax.sharding import sharding_of  # noqa: E402
+from mlfs_jax.supernet import Supernet, state_places  # noqa: E402
 from tests.mlfs.tiny import random_lora, tiny_decoder, tiny_tokens  # noqa: E402
 
 STEPS = 3
@@ -38,9 +38,7 @@ def losses(spec: str | None, execution: str) -> tuple[list, int, int]:
     params["features"] = init_projection(jax.random.key(3), MODEL.config.embed, DISTILL)
     if spec is not None:
         mesh = mlfs.make_mesh(spec)
-        axes = {"lora": lora_axes(base, params["lora"]), "features": ("embed", "features")}
-        trained, moments = state_shardings(mesh, optimizer, params, axes)
-        places = TrainState(trained, moments, replicated(mesh))
+        places = state_places(mesh, base, params, optimizer)
         base, batch = mlfs.shard_base(mesh, base), mlfs.shard_batch(mesh, batch)
     supernet = Supernet(MODEL.config, DISTILL, optimizer, execution, places=places)
     state, found = jax.device_put(supernet.init(params), places or jax.devices()[0]), []
