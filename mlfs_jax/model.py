@@ -96,7 +96,7 @@ def init_model(config: Config, key: Array, **fields) -> Model:
     return build(config, init_weights(config, key), **fields)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "taps", "remat", "unroll", "logits"))
+@partial(jax.jit, static_argnames=("graphdef", "taps", "remat", "unroll", "rows", "logits"))
 def forward(
     graphdef: nnx.GraphDef,
     base: nnx.State,
@@ -107,6 +107,7 @@ def forward(
     taps: bool = False,
     remat: bool = False,
     unroll: bool = False,
+    rows: jax.sharding.Sharding | None = None,
     cache: Cache | None = None,
     logits: bool = True,
 ) -> Output:
@@ -121,6 +122,7 @@ def forward(
         taps: also return every layer's output.
         remat: recompute each layer in the backward pass instead of keeping its activations.
         unroll: unroll the scan over layers (``cost_analysis()`` counts the body of a scan once).
+        rows: on a mesh, where activations [B, T, D] lie (:func:`mlfs_jax.sharding.rows_on`).
         cache: of a decoder, see :func:`mlfs_jax.init_cache`: the batch holds the T next tokens only.
         logits: False leaves out the head, whose logits may be the largest array of all.
 
@@ -139,7 +141,7 @@ def forward(
         base = map_named(lambda name, leaf: leaf[...] + deltas[name] if name in deltas else leaf[...], base)
     batch = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
     return nnx.merge(graphdef, base)(
-        batch, pairs, mask, taps=taps, remat=remat, unroll=unroll, cache=cache, logits=logits
+        batch, pairs, mask, taps=taps, remat=remat, unroll=unroll, rows=rows, cache=cache, logits=logits
     )
 
 

@@ -148,7 +148,7 @@ def plan(
     put = lambda tree, where: jax.tree.map(  # noqa: E731
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, where
     )
-    graphdef, base = abstract(config)
+    base = abstract(config)[1]
     base = put(base, base_shardings(mesh, base))
     params = _shapes_of_params(config, stages[stage], fit)
     optimizer = stages[stage].optimizer()

@@ -119,6 +119,11 @@ def state_shardings(mesh: Mesh, optimizer: optax.GradientTransformation, params:
     return places, moments
 
 
+def rows_on(mesh: Mesh) -> NamedSharding:
+    """Where activations lie: examples spread over ``data`` and ``fsdp`` as those of the batch, else whole."""
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """On every device, whole."""
     return NamedSharding(mesh, PartitionSpec())

@@ -23,7 +23,7 @@ from mlfs_jax.distill import DistillConfig, feature_loss, logit_loss, task_loss
 from mlfs_jax.errors import ConfigError
 from mlfs_jax.lora import lora_axes
 from mlfs_jax.model import abstract, forward
-from mlfs_jax.sharding import replicated, state_shardings
+from mlfs_jax.sharding import replicated, rows_on, state_shardings
 from mlfs_jax.slicing import slice_base, slice_config, slice_lora, slice_mask
 from mlfs_jax.subnet import Subnet, kept_size, make_mask, maxnet
 from mlfs_jax.vocab import Hidden, lm_distill_loss, lm_loss
@@ -93,22 +93,24 @@ class Supernet:
 
     # -- losses ---------------------------------------------------------------------------------------------------
 
-    def _run(self, graphdef, base, batch, lora, mask=None) -> Output:
+    def _run(self, graphdef, base, batch, lora, taps, mask=None) -> Output:
         return forward(
             graphdef,
             base,
             batch,
             lora=lora,
             mask=mask,
-            taps=self.distill.beta > 0,
+            taps=taps,
             remat=self.remat,
             unroll=self.unroll,
+            rows=None if self.places is None else rows_on(self.places.step.mesh),
             logits=self.config.head != "lm",  # [B, T, V]: the loss goes through it in chunks
         )
 
     def maxnet_loss(self, params: Params, base: nnx.State, batch: Mapping) -> tuple[Float[Array, ""], Output]:
         """Task loss of the maxnet, and its outputs for the subnets to learn from."""
-        out = self._run(self.graphdef, base, batch, params["lora"])
+        taught = "features" in params  # a stage without subnets has nobody to show every layer to
+        out = self._run(self.graphdef, base, batch, params["lora"], taught and self.distill.beta > 0)
         if self.config.head == "lm":
             return lm_loss(Hidden(self.graphdef, base, out.hidden), batch), out
         return task_loss(out.logits, batch["labels"], self.config.problem), out
@@ -122,7 +124,7 @@ class Supernet:
             graphdef = abstract(slice_config(self.config, widths))[0]
             lora, mask = slice_lora(self.config, base, lora, widths), slice_mask(mask, widths)
             base = slice_base(self.config, base, widths)
-        out = self._run(graphdef, base, batch, lora, mask)
+        out = self._run(graphdef, base, batch, lora, distill.beta > 0, mask)
         if self.config.head == "lm":
             student, hidden = Hidden(graphdef, base, out.hidden), Hidden(self.graphdef, whole, teacher.hidden)
             loss = lm_distill_loss(student, hidden, batch, distill)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from mlfs_jax.backbone.attention import alibi_slopes, attention, rope_tables, rotate
 from mlfs_jax.backbone.cache import Cache, write
 from mlfs_jax.backbone.layers import ACTIVATIONS, Embed, Linear, Norm, weight
-from mlfs_jax.backbone.tree import Mask, Output, under
+from mlfs_jax.backbone.tree import Mask, Output, place_rows, under
 from mlfs_jax.config import DecoderConfig
 
 
@@ -270,6 +270,7 @@ class Decoder(nnx.Module):
         taps: bool = False,
         remat: bool = False,
         unroll: bool = False,
+        rows: jax.sharding.Sharding | None = None,
         cache: Cache | None = None,
         logits: bool = True,
     ) -> Output:
@@ -277,7 +278,7 @@ class Decoder(nnx.Module):
         keep = None if mask is None else mask.embed
         real = batch["attention_mask"].astype(bool) if "attention_mask" in batch else jnp.ones(tokens.shape, bool)
         context = Context(config, real, cache)
-        x = embedded = self.embed(tokens, context.positions, under(lora, "embed"), keep)
+        x = embedded = place_rows(self.embed(tokens, context.positions, under(lora, "embed"), keep), rows)
 
         block_def, stacked = nnx.split(self.layers)
 
@@ -288,6 +289,7 @@ class Decoder(nnx.Module):
                 x, kv = run(x, kv)
             else:
                 x, kv = jax.lax.cond(cut.layers, run, lambda x, kv: (x, kv), x, kv)
+            x = place_rows(x, rows)
             return x, (x if taps else None, kv)
 
         if remat:

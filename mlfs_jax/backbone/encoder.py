@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from mlfs_jax.backbone.layers import ACTIVATIONS, Embed, Linear, Norm, weight
-from mlfs_jax.backbone.tree import Mask, Output, under
+from mlfs_jax.backbone.tree import Mask, Output, place_rows, under
 from mlfs_jax.config import EncoderConfig
 from mlfs_jax.errors import ConfigError
 
@@ -152,6 +152,7 @@ class Encoder(nnx.Module):
         taps: bool = False,
         remat: bool = False,
         unroll: bool = False,
+        rows: jax.sharding.Sharding | None = None,
         cache: None = None,
         logits: bool = True,
     ) -> Output:
@@ -160,7 +161,7 @@ class Encoder(nnx.Module):
         tokens = batch["input_ids"]
         keep = None if mask is None else mask.embed
         attend = batch["attention_mask"].astype(bool)[:, None, None, :]
-        x = self.embed(tokens, batch.get("token_type_ids"), under(lora, "embed"), keep)
+        x = place_rows(self.embed(tokens, batch.get("token_type_ids"), under(lora, "embed"), keep), rows)
 
         block_def, stacked = nnx.split(self.layers)
 
@@ -171,6 +172,7 @@ class Encoder(nnx.Module):
                 x = run(x)
             else:
                 x = jax.lax.cond(cut.layers, run, lambda x: x, x)
+            x = place_rows(x, rows)
             return x, x if taps else None
 
         if remat:

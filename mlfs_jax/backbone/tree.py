@@ -76,3 +76,12 @@ def map_named(f: Callable[[str, nnx.Param], Array], base: nnx.State) -> nnx.Stat
 def under(tree: Mapping, prefix: str) -> dict:
     """The entries of a ``{dotted name: ...}`` mapping below ``prefix``, with the prefix taken off."""
     return {name[len(prefix) + 1 :]: entry for name, entry in tree.items() if name.startswith(prefix + ".")}
+
+
+def place_rows(x: Float[Array, "B T D"], where: jax.sharding.Sharding | None) -> Float[Array, "B T D"]:
+    """Activations with every example where the batch has it, on a mesh.
+
+    Without it the compiler may follow the weights, which are split along the channels: every device would then hold
+    all examples.
+    """
+    return x if where is None else jax.lax.with_sharding_constraint(x, where)
