@@ -23,6 +23,7 @@ __all__ = open_front_door(
         "lora": ("init_lora", "lora_sites", "merge_lora", "stack_stages", "unmerge_lora"),
         "model": ("Model", "build", "forward", "init_model"),
         "palette": ("Palette", "measure"),
+        "plan": ("Plan", "plan"),
         "sharding": ("make_mesh", "shard_base", "shard_batch"),
         "slicing": ("slice_subnet",),
         "stages": ("Stage", "paper_stages"),

@@ -1,4 +1,4 @@
-"""The command line: ``mlfs fetch | fit | palette | export | verify | generate | info``.
+"""The command line: ``mlfs fetch | fit | palette | export | verify | generate | info | plan``.
 
 Each command is a function whose signature tyro turns into flags. Commands import what they need when they run, so that
 ``mlfs --help`` answers at once; for the same reason this module does without postponed annotations.
@@ -28,6 +28,7 @@ Turn one pretrained encoder or decoder into a palette of smaller ones.
   verify   hold an exported folder against its run: masked == sliced == exported
   generate continue a text with a model, a run, or one of its subnets
   info     what a model, a run or an exported folder is
+  plan     bytes, FLOPs, collectives of a step on many devices, without any
 
 examples:
   mlfs fetch minilm-l6 wiki
@@ -39,6 +40,7 @@ examples:
   mlfs verify exported/quarter --against runs/demo
   mlfs generate --model smollm2-135m --prompt "The capital of France is"
   mlfs info runs/demo --json
+  mlfs plan --model llama-2-7b --mesh fsdp=8 --batch-size 8 --length 1024
   mlfs --print-completion bash (or zsh, tcsh; see your shell's manual)
 """
 
@@ -314,8 +316,66 @@ def info(thing: Annotated[str, tyro.conf.arg(metavar="THING")], /, *, json: Flag
         print("\n".join(lines(described)))
 
 
+def plan(
+    *,
+    model: str,
+    mesh: str = "data=1",
+    batch_size: int = 8,
+    length: int = 1024,
+    stage: Literal[0, 1, 2] = 0,
+    rank: int = 8,
+    random_subnets: int = 2,
+    execution: Literal["sliced", "masked"] = "sliced",
+    remat: Flag = False,
+    memory: str | None = None,
+    json: Flag = False,
+) -> None:
+    """What a training step needs on every device: compiled for virtual ones, without weights or an accelerator.
+
+    Args:
+        model: a published shape such as llama-2-7b, a config.json or a folder with one, or a name of the catalogue.
+        mesh: of as many devices as you like, e.g. data=2,fsdp=4,tensor=1: copies, split weights, split layers.
+        batch_size: examples in a step, on all devices together.
+        length: tokens of an example.
+        stage: 0 trains the maxnet (plain LoRA); 1 and 2 subnets beside it.
+        rank: of the low-rank pairs.
+        random_subnets: n of the sandwich rule: maxnet, minnet and n random subnets.
+        execution: of subnets.
+        remat: recompute each layer in the backward pass instead of keeping its activations.
+        memory: of a device, e.g. 80GiB; where that is too little, the knobs that help are tried.
+        json: print the numbers as JSON and nothing else.
+    """
+    from mlfs_jax.knobs import Setting, knobs_table, parse_bytes, plan_and_turn, table, use_virtual_devices, work_table
+    from mlfs_jax.plan import ESTIMATE
+    from mlfs_jax.published import config_of
+    from mlfs_jax.sharding import mesh_sizes
+    from mlfs_jax.train import FitConfig
+
+    fields = {"batch_size": batch_size, "rank": rank, "random_subnets": random_subnets, "execution": execution}
+    setting = Setting(mesh_sizes(mesh), FitConfig(model, "", **fields, remat=remat), length)
+    limit = None if memory is None else parse_bytes(memory)
+    config = config_of(model)
+    use_virtual_devices(setting.devices * (1 if limit is None else 2))  # a knob may double them
+    with spinner("compiling") as advance:
+        planned, knobs = plan_and_turn(config, setting, stage, limit, advance)
+    fits = limit is None or planned.peak <= limit
+    if json:
+        found = {"model": model, **planned.to_json()}
+        if limit is not None:
+            found |= {"memory": limit, "fits": fits, "instead": {typed: p.peak for typed, p in knobs.items()}}
+        return print_json(found)
+    title = f"{model}, stage {stage}, {batch_size} x {length} tokens on {setting.devices} devices ({setting.mesh_spec})"
+    print_table(table(planned, title))
+    print_table(work_table(planned))
+    print("\n".join([*planned.whole, ESTIMATE]))
+    if limit is not None:
+        print(f"That {'fits' if fits else 'does NOT fit'} in {memory}.")
+    if not fits:
+        print_table(knobs_table(knobs, limit))
+
+
 COMMANDS = {"fetch": fetch, "fit": None, "palette": palette, "export": export, "verify": verify}
-COMMANDS |= {"generate": None, "info": info}
+COMMANDS |= {"generate": None, "info": info, "plan": plan}
 
 
 if __name__ == "__main__":

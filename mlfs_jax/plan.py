@@ -18,13 +18,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
+from mlfs_jax.backbone.tree import flatten
 from mlfs_jax.config import Config
 from mlfs_jax.errors import ConfigError
 from mlfs_jax.hlo import Cost, cost_of
 from mlfs_jax.model import Model, abstract
-from mlfs_jax.sharding import base_shardings, sharding_of
+from mlfs_jax.sharding import RULES, base_shardings, sharding_of
 from mlfs_jax.stages import Stage
 from mlfs_jax.supernet import Supernet, state_places
 from mlfs_jax.train import FitConfig, init_params
@@ -32,8 +34,6 @@ from mlfs_jax.train import FitConfig, init_params
 ESTIMATE = (
     "Activations are an estimate: measured in a program compiled for virtual CPU devices, not for an accelerator."
 )
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,14 @@ class Plan:
         parts: of what is there all the time: base, adapters (all that trains), optimizer, batch.
         programs: of the step, in the order in which they run.
         subnets: that the step trains besides the maxnet.
+        whole: sentences about axes that the mesh does not divide, so that weights lie whole where a share was meant.
     """
 
     asked: dict[str, Any]
     parts: dict[str, int]
     programs: tuple[Program, ...]
     subnets: int
+    whole: tuple[str, ...]
 
     @property
     def highest(self) -> Program:
@@ -112,23 +114,17 @@ class Plan:
                 for p in self.programs
             ],
             "compile seconds": round(sum(p.seconds for p in self.programs), 1),
+            "not split": list(self.whole),
             "estimate": ESTIMATE,
         }
 
 
-def plan(
-    config: Config,
-    mesh: Mesh,
-    fit: FitConfig,
-    *,
-    length: int,
-    stage: int = 0,
-) -> Plan:
+def plan(config: Config, mesh: Mesh, fit: FitConfig, length: int, stage: int = 0) -> Plan:
     """Compile one training step of ``fit`` on shapes, and add up what it needs.
 
     Args:
         config: of the network; nothing of it is allocated.
-        mesh: of devices that need not exist elsewhere: see :func:`virtual_mesh`.
+        mesh: of devices that need not exist elsewhere: see :func:`mlfs_jax.knobs.use_virtual_devices`.
         fit: batch_size, rank, random_subnets, execution, remat, ... are read; ``model`` and ``task`` are not.
         length: tokens of every example.
         stage: which of the stages of ``fit``: 0 trains the maxnet alone, 1 and 2 subnets beside it.
@@ -179,7 +175,18 @@ def plan(
         "execution": fit.execution,
         "remat": fit.remat,
     }
-    return Plan(asked, parts, tuple(supernet.paper.programs), len(subnets))
+    return Plan(asked, parts, tuple(supernet.paper.programs), len(subnets), _not_split(mesh, base))
+
+
+def _not_split(mesh: Mesh, base: nnx.State) -> tuple[str, ...]:
+    """A sentence for each named axis of the weights that its axis of the mesh does not divide."""
+    sizes = {(axis, n) for leaf in flatten(base).values() for axis, n in zip(leaf.axes, leaf.shape, strict=True)}
+    rules = ((axis, n, RULES[axis]) for axis, n in sorted(sizes) if axis in RULES)
+    return tuple(
+        f"{axis} = {n} is no multiple of {rule} = {mesh.shape[rule]}: {rule} does not split weights along it."
+        for axis, n, rule in rules
+        if n % mesh.shape[rule]
+    )
 
 
 def _shapes_of_params(config: Config, stage: Stage, fit: FitConfig):

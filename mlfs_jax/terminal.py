@@ -132,10 +132,10 @@ def print_table(table: Any) -> None:
 
 
 @contextlib.contextmanager
-def spinner() -> Iterator:
+def spinner(doing: str = "loading data") -> Iterator:
     """A line on stderr that says what is being done; gone at the end."""
     from rich.console import Console
 
     console = Console(stderr=True)
-    with console.status("loading data") as status:
-        yield lambda doing: status.update(doing)
+    with console.status(doing) as status:
+        yield status.update

@@ -14,12 +14,12 @@ ROOT = Path(__file__).resolve().parent.parent
 # A new module gets its place here.
 FLOORS = [
     {"front_door", "errors", "config", "metrics", "checkpoint", "run", "catalogue", "registry", "terminal", "data"},
-    {"backbone"},
+    {"backbone", "hlo"},
     {"model"},
     {"sharding", "hf", "lora", "subnet"},
-    {"slicing", "importance", "distill", "generate", "vocab"},
+    {"slicing", "importance", "distill", "generate", "vocab", "published"},
     {"timing", "supernet", "stages", "evaluate", "train"},
-    {"palette", "export", "verify", "info", "load"},
+    {"palette", "export", "verify", "info", "load", "plan", "knobs"},
     {"cli"},
 ]
 SPA_FLOORS = [
