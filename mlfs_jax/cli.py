@@ -355,7 +355,7 @@ def plan(
     setting = Setting(mesh_sizes(mesh), FitConfig(model, "", **fields, remat=remat), length)
     limit = None if memory is None else parse_bytes(memory)
     config = config_of(model)
-    use_virtual_devices(setting.devices * (1 if limit is None else 2))  # a knob may double them
+    use_virtual_devices(setting.devices)
     with spinner("compiling") as advance:
         planned, knobs = plan_and_turn(config, setting, stage, limit, advance)
     fits = limit is None or planned.peak <= limit

@@ -34,19 +34,21 @@ def parse_bytes(text: str) -> int:
     return round(float(found[1]) * UNITS[found[2].lower()])
 
 
-def use_virtual_devices(count: int) -> None:
-    """Let jax have this many virtual CPU devices, and no accelerator: before anything else in the process uses it.
+def use_virtual_devices(least: int) -> None:
+    """Let jax have virtual CPU devices and no accelerator, before anything else in the process uses it.
+
+    There will be twice as many as asked for: a knob may double them.
 
     Raises:
-        ConfigError: jax has started already, with fewer.
+        ConfigError: jax has started already, with fewer than ``least``.
     """
     try:
         jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", count)
+        jax.config.update("jax_num_cpu_devices", 2 * least)
     except RuntimeError:  # it has started
-        if len(jax.devices("cpu")) < count:
+        if len(jax.devices("cpu")) < least:
             raise ConfigError(
-                f"{count} virtual devices are needed, and jax has already started with {len(jax.devices('cpu'))}: "
+                f"{least} virtual devices are needed, and jax has already started with {len(jax.devices('cpu'))}: "
                 "plan in a process of its own, as `mlfs plan` does."
             ) from None
 
@@ -147,6 +149,7 @@ def plan_and_turn(
     planned, found = setting.plan(config, stage), {}
     if memory is not None and planned.peak > memory:
         for typed, other in setting.turned().items():
-            advance(f"compiling with {typed}")
-            found[typed] = other.plan(config, stage)
+            if other.devices <= jax.device_count():
+                advance(f"compiling with {typed}")
+                found[typed] = other.plan(config, stage)
     return planned, found
