@@ -326,7 +326,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "spa-index": lambda: _index(SPA),
     **{
         name: getattr(tables, name)
-        for name in ("demo", "execution", "encoder", "decoder", "spa", "latency", "gguf", "fuzz")
+        for name in ("demo", "execution", "encoder", "decoder", "spa", "latency", "gguf", "fuzz", "plans")
     },
 }
 

@@ -15,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import tyro
 from store import save_result
 
 FILE = Path(__file__).parent / "results" / "plan_llama.json"
@@ -45,4 +46,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

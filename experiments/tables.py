@@ -185,3 +185,14 @@ def fuzz() -> str:
 
 
 NOTHING = "Nothing measured yet."
+
+
+def plans() -> str:
+    cells = []
+    for command, found in read("plan_llama").items():
+        sizes, moved = found["bytes per device"], found["collectives per step and device"].values()
+        gib = [sizes["peak"], sizes["base"], sizes["activations and workspace"], sum(one["bytes"] for one in moved)]
+        flops, seconds = found["flops per step and device"], found["wall seconds"]
+        cells.append([f"`{command}`", *(f"{x / 2**30:,.1f}" for x in gib), f"{flops / 1e12:,.0f}", f"{seconds:.0f}"])
+    columns = ("", "peak [GiB]", "base [GiB]", "activations [GiB]", "collectives [GiB]", "TFLOP", "seconds to plan")
+    return markdown(columns, cells)

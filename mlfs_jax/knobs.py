@@ -84,7 +84,7 @@ class Setting:
             turned[f"--batch-size {half}"] = {"fit": dataclasses.replace(fit, batch_size=half)}
         if self.length % 2 == 0:
             turned[f"--length {self.length // 2}"] = {"length": self.length // 2}
-        if fit.rank % 2 == 0:
+        if isinstance(fit.rank, int) and fit.rank % 2 == 0:
             turned[f"--rank {fit.rank // 2}"] = {"fit": dataclasses.replace(fit, rank=fit.rank // 2)}
         meshes = [mesh | {"tensor": 2 * mesh["tensor"]}]
         if mesh["data"] % 2 == 0:

@@ -71,8 +71,8 @@ def config_of(name: str, *, labels: int = 2) -> Config:
     """The config of a model as it would be trained here: a decoder with its own head, an encoder with a classifier.
 
     Args:
-        name: a published model of :data:`SHAPES`, a config.json or a folder with one, a name of the catalogue, a hub
-            id org/name. Only the last two are downloaded, weights and all, if they are not there yet.
+        name: a published model of :data:`SHAPES`, a config.json or a folder with one, a hub id org/name
+            (whose config.json alone is downloaded), a name of the catalogue (fetched).
         labels: outputs of the classifier.
 
     Raises:
@@ -87,7 +87,7 @@ def config_of(name: str, *, labels: int = 2) -> Config:
     elif path.is_file() or path.is_dir():
         hf = read_config(path.parent if path.is_file() else path)
     elif "/" in name or name in {entry.name for entry in ENTRIES}:
-        hf = read_config(resolve_model(name))
+        hf = read_config(resolve_model(name, files=("config.json",)))
     else:
         known = [*SHAPES, *(entry.name for entry in ENTRIES if entry.kind == "model")]
         raise unknown("model (nor is it a config.json, nor a folder with one)", name, known)

@@ -70,13 +70,16 @@ def fetch(name: str, *, progress: bool = True, verify: bool = False) -> Path:
     return target
 
 
-def resolve_model(name_or_path: str | Path) -> Path:
+def resolve_model(name_or_path: str | Path, *, files: tuple[str, ...] = HF_FILES) -> Path:
     """The folder of a model: a catalogue name (fetched), a local HF folder, or a hub id org/name (snapshot).
 
     A model may also be a GGUF file, or a folder with one: given back as it is, like a catalogue's folder that holds
     one; `hf.gguf.prepare_folder` makes an HF folder of these. Raises `UnknownNameError` for a name that is none of
     these, `DataError` for a folder with neither config.json nor GGUF, and `DownloadError` when the hub cannot be
     reached or does not know the id.
+
+    Args:
+        files: patterns of what a hub id is to have.
     """
     name = str(name_or_path)
     models = [e.name for e in ENTRIES if e.kind == "model"]
@@ -92,7 +95,7 @@ def resolve_model(name_or_path: str | Path) -> Path:
             raise DataError(f"there is no file {path}; expected a GGUF file.")
         return path
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
-        return _from_hub(name)
+        return _from_hub(name, files)
     raise unknown("model (nor is it a folder, nor a hub id 'org/name')", name, models)
 
 
@@ -292,7 +295,7 @@ def _remove_stale(cache: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _from_hub(repo: str) -> Path:
+def _from_hub(repo: str, files: tuple[str, ...]) -> Path:
     try:
         import huggingface_hub
     except ImportError as e:
@@ -301,7 +304,7 @@ def _from_hub(repo: str) -> Path:
             "download it, or give a local folder."
         ) from e
     try:
-        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=list(HF_FILES)))
+        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=list(files)))
     except Exception as e:  # the hub client raises a dozen kinds, its HTTP library's among them
         last = str(e).strip().splitlines() or [type(e).__name__]
         raise DownloadError(
