@@ -21,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -124,7 +125,27 @@ def subnet_of(shape: str, config: mlfs.DecoderConfig, ranked: np.ndarray) -> Sub
     return space.uniform(embed=config.embed, heads=config.heads, mlp=mlp, depth=depth)
 
 
-def train(arm: Arm, seed: int, teacher: mlfs.Model, student: mlfs.Model, data: dict, preset: Preset) -> dict:
+class Lessons:
+    """The batches of a seed, each with the teacher's hidden states, [B, T, D]: the same for every arm.
+
+    Up to 1 GiB of states is kept.
+    """
+
+    def __init__(self, teacher: mlfs.Model, train, preset: Preset, seed: int):
+        self.teacher, self.batches = teacher, Batches(train, preset.batch_size, seed=seed)
+        size = 4 * preset.steps * preset.batch_size * preset.length * teacher.config.embed
+        self.keep, self.kept = size <= 2**30, {}
+
+    def __getitem__(self, step: int) -> tuple[dict, np.ndarray]:
+        batch, states = self.batches[step], self.kept.get(step)
+        if states is None:
+            states = mlfs.forward(self.teacher.graphdef, self.teacher.base, batch, logits=False).hidden
+            if self.keep:
+                self.kept[step] = np.asarray(states)
+        return batch, states
+
+
+def train(arm: Arm, seed: int, teacher: mlfs.Model, student: mlfs.Model, lessons: Lessons, validation, preset) -> dict:
     """Validation perplexity at every evaluation, the first before any training."""
     key = jax.random.key(seed)
     if arm.random:
@@ -138,25 +159,24 @@ def train(arm: Arm, seed: int, teacher: mlfs.Model, student: mlfs.Model, data: d
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
     distill = mlfs.DistillConfig(alpha=arm.alpha, tau=1.0, beta=0.0)
 
-    def loss(lora, batch, states):
-        out = mlfs.forward(student.graphdef, student.base, batch, lora=lora, logits=False)
-        ours = Hidden(student.graphdef, student.base, out.hidden)
-        return lm_distill_loss(ours, Hidden(teacher.graphdef, teacher.base, states), batch, distill)
+    def loss(lora, student_base, teacher_base, batch, states):
+        out = mlfs.forward(student.graphdef, student_base, batch, lora=lora, logits=False)
+        ours = Hidden(student.graphdef, student_base, out.hidden)
+        return lm_distill_loss(ours, Hidden(teacher.graphdef, teacher_base, states), batch, distill)
 
-    @jax.jit
-    def step(lora, opt_state, batch):
-        states = mlfs.forward(teacher.graphdef, teacher.base, batch, logits=False).hidden
-        value, grads = jax.value_and_grad(loss)(lora, batch, states)
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def step(lora, opt_state, student_base, teacher_base, batch, states):
+        grads = jax.grad(loss)(lora, student_base, teacher_base, batch, states)
         updates, opt_state = optimizer.update(grads, opt_state, lora)
-        return optax.apply_updates(lora, updates), opt_state, value
+        return optax.apply_updates(lora, updates), opt_state
 
-    state, batches, curve = optimizer.init(lora), Batches(data["train"], preset.batch_size, seed=seed), {}
+    state, curve = optimizer.init(lora), {}
     for number in track(range(preset.steps + 1), f"{arm.name}, seed {seed}", transient=True):
         if number % preset.every == 0 or number == preset.steps:
             merged = student.replace(base=mlfs.merge_lora(student.base, lora))
-            curve[number] = evaluate(merged, data["validation"], "perplexity")["perplexity"]
+            curve[number] = evaluate(merged, validation, "perplexity")["perplexity"]
         if number < preset.steps:
-            lora, state, _ = step(lora, state, batches[number])
+            lora, state = step(lora, state, student.base, teacher.base, *lessons[number])
     return curve
 
 
@@ -206,6 +226,7 @@ def main(options: Options) -> None:
     best, ranked = ordered_model(plain, data["train"], preset)
     config, device = dataclasses.asdict(preset), device_name()
     for seed in options.seeds:
+        lessons = Lessons(plain, data["train"], preset, seed)
         for arm in (arm for arm in ARMS if arm.name in options.arms):
             key = f"{options.preset}/{arm.name}/{seed}"
             done, asked = load_results(RESULTS).get(key), config | dataclasses.asdict(arm)
@@ -213,7 +234,7 @@ def main(options: Options) -> None:
                 continue
             start, subnet = time.time(), subnet_of(arm.shape, plain.config, ranked)
             student = mlfs.slice_subnet(best if arm.ordered else plain, subnet)
-            curve = train(arm, seed, plain, student, data, preset)
+            curve = train(arm, seed, plain, student, lessons, data["validation"], preset)
             share = num_params(plain.config, subnet) / num_params(plain.config)
             result = {
                 "preset": options.preset,

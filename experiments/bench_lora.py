@@ -1,0 +1,54 @@
+"""A LoRA step against PEFT's, on the same Llama shapes with the same rank.
+
+    python experiments/bench_lora.py         # makes PEFT's virtual environment first; then some minutes on one core
+
+PEFT over transformers, AdamW, all linear layers of the blocks, rank 8; ours is the step of stage 0. Random weights and
+tokens: time does not depend on them. The sides take turns on one pinned core; CPU-seconds, medians over rounds.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from peers import Worker, environment, pin, report, take_turns
+
+RESULT = Path(__file__).parent / "results" / "bench_lora.json"
+PEFT = (("torch==2.13.0",), ("torch==2.13.0", "peft==0.21.2", "transformers==5.23.0"))
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured.
+
+    Attributes:
+        vocabularies: V, one measurement each.
+    """
+
+    vocabularies: tuple[int, ...] = (1024, 32768)
+    batch: int = 8
+    length: int = 128
+    rounds: int = 9
+
+
+def measure(vocab_size: int, options: Options) -> dict[str, dict]:
+    shape = {"vocab_size": vocab_size, "embed": 384, "layers": 6, "heads": 6, "mlp": 1536}
+    setup = {"shape": shape, "batch": options.batch, "length": options.length, "family": "llama"}
+    theirs = environment("peft", *PEFT)
+    with Worker(theirs, "peft_lora.py", setup) as peft, Worker(sys.executable, "ours.py", setup) as ours:
+        for side in (peft, ours):  # compilation, and the first touch of memory
+            side.step(seed=0)
+        return take_turns({"PEFT": peft, "ours": ours}, [{"seed": i} for i in range(options.rounds)])
+
+
+def main(options: Options) -> None:
+    pin()
+    results = {str(vocab): measure(vocab, options) for vocab in options.vocabularies}
+    title = f"one LoRA step, Llama L6 D384 F1536 heads 6, batch {options.batch} x {options.length}, one core"
+    report(RESULT, title, options, results)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
