@@ -326,6 +326,7 @@ def plan(
     rank: int = 8,
     random_subnets: int = 2,
     execution: Literal["sliced", "masked"] = "sliced",
+    dtype: Literal["float32", "bfloat16"] = "float32",
     remat: Flag = False,
     memory: str | None = None,
     json: Flag = False,
@@ -341,6 +342,7 @@ def plan(
         rank: of the low-rank pairs.
         random_subnets: n of the sandwich rule: maxnet, minnet and n random subnets.
         execution: of subnets.
+        dtype: of the frozen base, in which the step computes.
         remat: recompute each layer in the backward pass instead of keeping its activations.
         memory: of a device, e.g. 80GiB; where that is too little, the knobs that help are tried.
         json: print the numbers as JSON and nothing else.
@@ -352,7 +354,7 @@ def plan(
     from mlfs_jax.train import FitConfig
 
     fields = {"batch_size": batch_size, "rank": rank, "random_subnets": random_subnets, "execution": execution}
-    setting = Setting(mesh_sizes(mesh), FitConfig(model, "", **fields, remat=remat), length)
+    setting = Setting(mesh_sizes(mesh), FitConfig(model, "", **fields, dtype=dtype, remat=remat), length)
     limit = None if memory is None else parse_bytes(memory)
     config = config_of(model)
     use_virtual_devices(setting.devices)

@@ -77,6 +77,8 @@ class Setting:
         """What to type -> the setting with that one knob turned, all of which need at most twice the devices."""
         fit, mesh, turned = self.fit, self.mesh, {}
         rows = fit.batch_size // (mesh["data"] * mesh["fsdp"])
+        if fit.dtype == "float32":
+            turned["--dtype bfloat16"] = {"fit": dataclasses.replace(fit, dtype="bfloat16")}
         if not fit.remat:
             turned["--remat"] = {"fit": dataclasses.replace(fit, remat=True)}
         if rows % 2 == 0:

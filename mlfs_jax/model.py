@@ -9,7 +9,9 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from mlfs_jax.backbone.cache import Cache
@@ -40,6 +42,10 @@ class Model:
 
     def replace(self, **changes) -> Model:
         return dataclasses.replace(self, **changes)
+
+    def astype(self, dtype: DTypeLike) -> Model:
+        """The same network with weights of another type, in which it then computes (see :func:`forward`)."""
+        return self.replace(base=cast_base(self.base, dtype))
 
     @property
     def num_params(self) -> int:
@@ -96,6 +102,11 @@ def init_model(config: Config, key: Array, **fields) -> Model:
     return build(config, init_weights(config, key), **fields)
 
 
+def cast_base(base: nnx.State, dtype: DTypeLike) -> nnx.State:
+    """The weights in another type; what has it already is not copied."""
+    return map_named(lambda _, leaf: leaf[...].astype(dtype), base)
+
+
 @partial(jax.jit, static_argnames=("graphdef", "taps", "remat", "unroll", "rows", "logits"))
 def forward(
     graphdef: nnx.GraphDef,
@@ -112,6 +123,10 @@ def forward(
     logits: bool = True,
 ) -> Output:
     """Run the network: a pure function of (base, lora, mask, batch); jit, vmap, grad as you like.
+
+    It computes in the type of its base, to which adapters and masks are cast: give it a bfloat16 base
+    (``model.astype``) and float32 adapters, and their gradients are float32. Norms, softmax and a language model's
+    logits are float32 always.
 
     Args:
         batch: ``input_ids`` and ``attention_mask``, int [B, T], as a Hugging Face tokenizer gives them;
@@ -138,11 +153,18 @@ def forward(
     if missing:
         raise ConfigError(f"the adapter is not of this model, which has no {', '.join(sorted(missing))}.")
     if deltas:
-        base = map_named(lambda name, leaf: leaf[...] + deltas[name] if name in deltas else leaf[...], base)
+        add = lambda name, leaf: (leaf[...] + deltas[name]).astype(leaf.dtype) if name in deltas else leaf[...]  # noqa: E731
+        base = map_named(add, base)
+    pairs, mask = _cast((pairs, mask), flatten(base)["embed.tokens.table"].dtype)
     batch = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
     return nnx.merge(graphdef, base)(
         batch, pairs, mask, taps=taps, remat=remat, unroll=unroll, rows=rows, cache=cache, logits=logits
     )
+
+
+def _cast(tree, dtype: DTypeLike):
+    """Floating-point leaves in another type."""
+    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
 
 def apply_head(graphdef: nnx.GraphDef, base: nnx.State, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:

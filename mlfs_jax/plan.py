@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ from mlfs_jax.backbone.tree import flatten
 from mlfs_jax.config import Config
 from mlfs_jax.errors import ConfigError
 from mlfs_jax.hlo import Cost, cost_of
-from mlfs_jax.model import Model, abstract
+from mlfs_jax.model import Model, abstract, cast_base
 from mlfs_jax.sharding import RULES, base_shardings, sharding_of
 from mlfs_jax.stages import Stage
 from mlfs_jax.supernet import Supernet, state_places
@@ -125,7 +125,7 @@ def plan(config: Config, mesh: Mesh, fit: FitConfig, length: int, stage: int = 0
     Args:
         config: of the network; nothing of it is allocated.
         mesh: of devices that need not exist elsewhere: see :func:`mlfs_jax.knobs.use_virtual_devices`.
-        fit: batch_size, rank, random_subnets, execution, remat, ... are read; ``model`` and ``task`` are not.
+        fit: batch_size, rank, random_subnets, execution, dtype, remat, ... are read; ``model`` and ``task`` are not.
         length: tokens of every example.
         stage: which of the stages of ``fit``: 0 trains the maxnet alone, 1 and 2 subnets beside it.
 
@@ -144,7 +144,7 @@ def plan(config: Config, mesh: Mesh, fit: FitConfig, length: int, stage: int = 0
     put = lambda tree, where: jax.tree.map(  # noqa: E731
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, where
     )
-    base = abstract(config)[1]
+    base = jax.eval_shape(partial(cast_base, dtype=fit.dtype), abstract(config)[1])
     base = put(base, base_shardings(mesh, base))
     params = _shapes_of_params(config, stages[stage], fit)
     optimizer = stages[stage].optimizer()
@@ -173,6 +173,7 @@ def plan(config: Config, mesh: Mesh, fit: FitConfig, length: int, stage: int = 0
         "stage": stage,
         "rank": stages[stage].rank,
         "execution": fit.execution,
+        "dtype": fit.dtype,
         "remat": fit.remat,
     }
     return Plan(asked, parts, tuple(supernet.paper.programs), len(subnets), _not_split(mesh, base))

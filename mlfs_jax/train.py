@@ -33,7 +33,7 @@ from mlfs_jax.evaluate import evaluate
 from mlfs_jax.hf.load import from_pretrained
 from mlfs_jax.importance import Order, block_influence, importance_order, measure_importance, reorder, reorder_lora
 from mlfs_jax.lora import Lora, init_lora, load_lora, merge_lora, save_lora, stack_stages
-from mlfs_jax.model import Model, forward
+from mlfs_jax.model import Model, cast_base, forward
 from mlfs_jax.registry import ENTRIES
 from mlfs_jax.run import Preemption, Run, preemption
 from mlfs_jax.sharding import shard_base, shard_batch, sharding_of
@@ -46,6 +46,7 @@ from mlfs_jax.vocab import Hidden, lm_loss
 
 LOG_EVERY = 10
 HEAD = "head.safetensors"
+DTYPES = ("float32", "bfloat16")
 KEEP_LAYERS = ("even", "importance", "influence")
 
 
@@ -79,6 +80,8 @@ class FitConfig:
         execution: "sliced" runs each subnet at its true widths, "masked" at the supernet's with one compile for all.
         unroll: unroll the scan over layers: slower to compile, faster on a CPU where layers are small. The default does
             on a CPU up to 12 layers.
+        dtype: of the frozen base in training: "float32", or "bfloat16", in which the step then computes: half the
+            memory, and the matrix units of an accelerator. Adapters, optimizer and evaluation stay float32.
         remat: recompute each layer in the backward pass instead of keeping its activations: less memory, more time.
         max_length: tokens; longer texts are cut. The default is the task's.
         buckets: lengths that batches are padded to (each is one more compile of a step).
@@ -107,6 +110,7 @@ class FitConfig:
     importance_examples: int = 512
     execution: str = "sliced"
     unroll: bool | None = None
+    dtype: str = "float32"
     remat: bool = False
     max_length: int | None = None
     buckets: tuple[int, ...] = BUCKETS
@@ -125,6 +129,8 @@ class FitConfig:
                 f"keep_layers = {self.keep_layers!r} with reorder = {self.reorder}: expected 'even', or together with "
                 "reorder, which measures them, 'importance' or 'influence'."
             )
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype = {self.dtype!r}: expected one of {', '.join(DTYPES)}.")
         if self.batch_size < 1 or self.seed < 0:
             raise ConfigError(f"batch_size = {self.batch_size}, seed = {self.seed}: expected >= 1 and >= 0.")
         _ = self.stages  # their errors, now
@@ -305,7 +311,8 @@ def _train_stage(
 
     params = init_params(root, model, stage, config.distill)
     # placed before the first step, as a restored state is: else the step compiles twice
-    optimizer, base, places, place_batch = stage.optimizer(), model.base, None, lambda batch: batch
+    optimizer, base = stage.optimizer(), cast_base(model.base, config.dtype)
+    places, place_batch = None, lambda batch: batch
     if mesh is not None:
         places = state_places(mesh, base, params, optimizer)
         base, place_batch = shard_base(mesh, base), partial(shard_batch, mesh)

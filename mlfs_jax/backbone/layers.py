@@ -139,7 +139,7 @@ class Norm(nnx.Module):
         dtype, x, axes = x.dtype, x.astype(jnp.float32), tuple(range(-len(self.sizes), 0))
         count = math.prod(self.sizes)
         if keep is not None:
-            keep = jnp.broadcast_to(keep, self.sizes)
+            keep = jnp.broadcast_to(keep, self.sizes).astype(jnp.float32)
             count, x = keep.sum(), x * keep
         if self.centred:
             x = x - x.sum(axes, keepdims=True) / count

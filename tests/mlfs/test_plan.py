@@ -139,7 +139,9 @@ def test_bytes_are_read(text, size):
 
 
 def test_a_knob_turns_one_thing():
-    setting = Setting({"data": 2, "fsdp": 4, "tensor": 1}, FitConfig("", "", batch_size=8, rank=3, remat=True), 9)
+    setting = Setting(
+        {"data": 2, "fsdp": 4, "tensor": 1}, FitConfig("", "", batch_size=8, rank=3, dtype="bfloat16", remat=True), 9
+    )
     assert list(setting.turned()) == ["--mesh data=2,fsdp=4,tensor=2", "--mesh data=1,fsdp=8,tensor=1"]
     assert max(other.devices for other in setting.turned().values()) == 2 * setting.devices
 

@@ -128,6 +128,19 @@ def test_one_stage_is_plain_lora_and_first_k_keeps_the_order(config, tmp_path):
     assert not (tmp_path / "run" / "order.json").exists()
 
 
+def test_a_bfloat16_base_learns_as_well(config, tmp_path):
+    """Beside the run in float32: the same losses but for rounding, and float32 adapters."""
+    runs = {}
+    for dtype in ("float32", "bfloat16"):
+        runs[dtype] = mlfs.fit(dataclasses.replace(config, dtype=dtype), tmp_path / dtype, console=QUIET)
+        assert all(x.dtype == np.float32 for x in jax.tree.leaves((runs[dtype].lora, runs[dtype].model.base)))
+    losses = [[row["losses"] for row in Run.open(tmp_path / dtype).history()] for dtype in runs]
+    for exact, rounded in zip(*losses, strict=True):
+        np.testing.assert_allclose(rounded, exact, rtol=0.1, atol=0.02)
+    with pytest.raises(ConfigError, match=r"float16.*expected one of float32, bfloat16"):
+        dataclasses.replace(config, dtype="float16")
+
+
 def test_a_folder_belongs_to_one_run(config, tmp_path):
     mlfs.fit(dataclasses.replace(config, steps=(2,)), tmp_path / "run", console=QUIET)
     with pytest.raises(RunError, match=r"learning_rate.*0\.01.*0\.5"):
