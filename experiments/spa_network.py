@@ -32,6 +32,7 @@ from mlfs_jax.generate import GenerateConfig
 from mlfs_jax.generate.session import as_rows
 from mlfs_jax.metrics import rouge
 from mlfs_jax.timing import device_name
+from spa_jax.channel import DeviceConfig
 from spa_jax.cloud import Cloud, CloudConfig
 from spa_jax.cloud_model import DecoderCloud
 from spa_jax.decode import generate
@@ -42,6 +43,7 @@ from spa_jax.latency import measure_runtime
 from spa_jax.network import Link
 from spa_jax.train import Fitted, load_run
 
+PATIENT = DeviceConfig(connect_s=60, reply_s=120, answer_s=1800)
 RESULT = Path(__file__).parent / "results" / "spa_network.json"
 START = """
 import time; begin = time.perf_counter(), time.process_time()
@@ -73,7 +75,7 @@ def over_the_network(cloud_model: DecoderCloud, model: SideDevice, prompts: list
     """The answers of one cloud to devices that ask all at once."""
 
     async def write(url, prompt):
-        async with Device(url, model) as device:
+        async with Device(url, model, config=PATIENT) as device:
             return await device.generate(prompt, limit, stop)
 
     async def main():
@@ -98,6 +100,7 @@ def texts(fitted: Fitted, options: Options) -> tuple[dict, list[dict]]:
     head = {name: flatten(model.base)[name][...] for name in head_names(model.config)}
     context = max(map(len, prompts)) + limit
     cloud = DecoderCloud(model, slots=len(prompts), context=context, public=[public_part(plugin.side)])
+    cloud.warm_up()
     ways = {
         "float32, head in the cloud": {},
         "float32, head on the device": {"head": head},
@@ -132,7 +135,8 @@ def budget_point(fitted: Fitted, usage: float, prompts, config: GenerateConfig, 
     threshold = plugin.threshold_for(usage)
     side = plugin.side
     found = generate(fitted.model, side, prompts, config, setting=plugin.setting, threshold=threshold)
-    cloud = DecoderCloud(fitted.model, slots=1, context=len(prompts[0]) + 50, chunk=32)
+    cloud = DecoderCloud(fitted.model, slots=1, context=len(prompts[0]) + 50)
+    cloud.warm_up()
     device = SideDevice(side, base=plugin.base, setting=plugin.setting, threshold=threshold, coding="int8")
     ms, _ = asyncio.run(measure_runtime(cloud, device, link, prompts[0], 50))
     return {"asked": usage, "usage": found.rates()["usage"], "rougeL": score(found.tokens), "ms_per_token": ms}
