@@ -218,7 +218,8 @@ class Checkpoints:
 
     def _failed(self, error: Exception) -> CheckpointError:
         step, self._pending = self._pending, None
-        self._sweep()  # a half-written step must not hold the space that the next one needs
+        if jax.process_index() == 0:
+            self._sweep()  # a half-written step must not hold the space that the next one needs
         good = self.latest()
         kept = "no step was saved before it" if good is None else f"the last good step, {good}, is untouched"
         what = f"checkpoint step {step} could not be written to {self.directory}; {kept}."

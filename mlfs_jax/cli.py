@@ -4,6 +4,7 @@ Each command is a function whose signature tyro turns into flags. Commands impor
 ``mlfs --help`` answers at once; for the same reason this module does without postponed annotations.
 """
 
+import contextlib
 import logging
 import sys
 from collections.abc import Sequence
@@ -68,7 +69,7 @@ def _run(command: str, args: list[str]) -> int:
         set_up_jax()
     function = COMMANDS[command]
     if command == "fit":
-        function = _fit_from(_preset(args))
+        function = _fit_from(_preset(args), args)
     elif command == "generate":
         function = _generate_with()
         args = ["--beams" + arg[6:] if arg.partition("=")[0] == "--beam" else arg for arg in args]  # both are said
@@ -125,10 +126,11 @@ def _preset(args: list[str]) -> str:
     return "full"
 
 
-def _fit_from(chosen: str):
+def _fit_from(chosen: str, args: list[str]):
+    from mlfs_jax import hosts as processes
     from mlfs_jax.train import FitConfig
 
-    defaults = FitConfig(model=tyro.MISSING, task=tyro.MISSING, **PRESETS[chosen])
+    alone, defaults = processes.Hosts(), FitConfig(model=tyro.MISSING, task=tyro.MISSING, **PRESETS[chosen])
 
     def fit(
         config: Annotated[FitConfig, tyro.conf.arg(name="")] = defaults,
@@ -136,6 +138,7 @@ def _fit_from(chosen: str):
         out: RunFolder,
         preset: Literal["full", "demo"] = chosen,
         mesh: str | None = None,
+        hosts: Annotated[processes.Hosts, tyro.conf.arg(name="")] = alone,
     ) -> int:
         """Train a palette: stage 0 the maxnet, stage 1 widths, stage 2 widths and depths.
 
@@ -150,7 +153,11 @@ def _fit_from(chosen: str):
         from mlfs_jax.sharding import make_mesh
         from mlfs_jax.train import fit as train
 
-        return 0 if train(config, out, mesh=None if mesh is None else make_mesh(mesh)) is not None else 130
+        if hosts.several() and not processes.inside():
+            return processes.supervise([sys.executable, "-m", "mlfs_jax.cli", "fit", *args])
+        with hosts.joined() if hosts.several() else contextlib.nullcontext():
+            done = train(config, out, mesh=None if mesh is None else make_mesh(mesh))
+        return 0 if done is not None else 130
 
     return fit
 

@@ -36,6 +36,10 @@ class RunError(MLFSError):
     """A run directory that cannot be used: it holds another run, is incomplete, or could not be written."""
 
 
+class HostsError(MLFSError):
+    """The processes of one job did not find each other, lost each other, or disagree about what they read."""
+
+
 class SessionError(MLFSError, ValueError):
     """A cache of generated text that is given to another network than the one that filled it."""
 

@@ -11,8 +11,10 @@ from flax import nnx
 from mlfs_jax.data.batches import eval_batches, prompt_batches
 from mlfs_jax.data.encode import Encoded, load_tokenizer
 from mlfs_jax.generate import GenerateConfig, generate
+from mlfs_jax.hosts import to_host
 from mlfs_jax.metrics import get_metric, perplexity, rouge
 from mlfs_jax.model import Model, forward
+from mlfs_jax.sharding import beside
 from mlfs_jax.vocab import Hidden, lm_loss
 
 
@@ -21,7 +23,7 @@ def predict(model: Model, encoded: Encoded, *, batch_size: int = 64) -> tuple[np
     logits, labels = [], []
     for batch in eval_batches(encoded, batch_size):
         real = batch.pop("weight") > 0
-        logits.append(np.asarray(forward(model.graphdef, model.base, batch).logits)[real])
+        logits.append(to_host(forward(model.graphdef, model.base, beside(model.base, batch)).logits)[real])
         labels.append(batch["labels"][real])
     return np.concatenate(logits), np.concatenate(labels)
 
@@ -49,7 +51,7 @@ def _evaluate_language(model: Model, encoded: Encoded, batch_size: int) -> dict[
     for batch in eval_batches(encoded, batch_size):
         batch.pop("weight")  # rows that only fill up have no token that counts
         count = float(batch["loss_mask"][:, 1:].sum())
-        total += count * float(_lm_loss(model.graphdef, model.base, batch))
+        total += count * float(_lm_loss(model.graphdef, model.base, beside(model.base, batch)))
         tokens += count
     return {"perplexity": perplexity(total, tokens), "loss": total / tokens}
 

@@ -18,8 +18,10 @@ from jaxtyping import Float, Int
 
 from mlfs_jax.backbone.tree import flatten, map_named
 from mlfs_jax.config import Config
+from mlfs_jax.hosts import to_host
 from mlfs_jax.lora import Lora, lora_axes
 from mlfs_jax.model import Model, forward
+from mlfs_jax.sharding import base_shardings, beside, mesh_of
 from mlfs_jax.subnet import kv_group
 
 
@@ -91,7 +93,7 @@ def measure_importance(
 
     total = None
     for batch in batches:
-        new = jax.tree.map(np.asarray, scores(model.base, batch))
+        new = jax.tree.map(to_host, scores(model.base, beside(model.base, batch)))
         total = new if total is None else jax.tree.map(np.add, total, new)
     return Importance(**total)
 
@@ -129,7 +131,7 @@ def block_influence(model: Model, batches: Iterable[Mapping]) -> Float[np.ndarra
         turned = 1 - (before * after).sum(-1) / jnp.maximum(norms, 1e-9)
         return (turned * real).sum((1, 2)) / real.sum()
 
-    return np.mean([np.asarray(influence(model.base, batch)) for batch in batches], 0)
+    return np.mean([to_host(influence(model.base, beside(model.base, batch))) for batch in batches], 0)
 
 
 def _permute(x, axes: tuple[str, ...], order: Order):
@@ -148,10 +150,11 @@ def _permute(x, axes: tuple[str, ...], order: Order):
 
 def reorder(model: Model, order: Order) -> Model:
     """The same function with channels, heads and neurons in another order: maxnet logits change by rounding only."""
-    return model.replace(base=_reorder_base(model.base, order))
+    mesh = mesh_of(model.base)  # the compiler left to itself would put whole weights on every device
+    places = None if mesh is None else base_shardings(mesh, model.base)
+    return model.replace(base=jax.jit(_reorder_base, out_shardings=places)(model.base, order))
 
 
-@jax.jit
 def _reorder_base(base: nnx.State, order: Order) -> nnx.State:
     return map_named(lambda name, leaf: _permute(leaf[...], leaf.axes, order), base)
 

@@ -17,13 +17,13 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import safetensors.numpy as safetensors
 from flax import nnx
 from jaxtyping import Array
 
 from mlfs_jax.backbone.tree import STACKED, flatten, map_named
 from mlfs_jax.errors import ConfigError, unknown
+from mlfs_jax.hosts import by_writer, to_host
 from mlfs_jax.model import Model
 from mlfs_jax.run import write_atomic
 
@@ -112,9 +112,9 @@ def stack_stages(stages: Sequence[Lora]) -> Lora:
 
 
 def save_lora(file: str | Path, lora: Mapping) -> None:
-    """Write an adapter to one safetensors file, atomically; names are ``site/leaf``."""
-    flat = {f"{site}/{leaf}": np.asarray(value) for site, entry in lora.items() for leaf, value in entry.items()}
-    write_atomic(Path(file), safetensors.save(flat))
+    """Write an adapter to one safetensors file, atomically; names are ``site/leaf``. Of several processes all call."""
+    flat = {f"{site}/{leaf}": to_host(value) for site, entry in lora.items() for leaf, value in entry.items()}
+    by_writer(lambda: write_atomic(Path(file), safetensors.save(flat)))
 
 
 def load_lora(file: str | Path) -> Lora:

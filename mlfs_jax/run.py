@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from mlfs_jax.errors import RunError
+from mlfs_jax.hosts import by_writer, reached_stop, same_everywhere, several
 
 FORMAT = 1
 _RUN, _METRICS, _RESULT, _LOCK = "run.json", "metrics.jsonl", "result.json", ".lock"
@@ -41,14 +42,17 @@ class Run:
     config: dict
     resumed: bool  # the folder held this run already
 
-    def __init__(self, path: Path, info: dict, *, lock: int | None, resumed: bool):
+    def __init__(self, path: Path, info: dict, *, lock: int | None, resumed: bool, follows: bool = False):
         self.path, self.config, self.resumed = path, info["config"], resumed
         self.version, self.created = info.get("version", "unknown"), info.get("created", "unknown")
-        self._lock, self._log = lock, None
+        self._lock, self._log, self._follows = lock, None, follows
 
     @classmethod
     def create_or_resume(cls, path: str | os.PathLike, config: dict) -> "Run":
         """Starts a run in a new (or empty) folder, or takes up the one that is there.
+
+        Of several processes (see :mod:`mlfs_jax.hosts`) all call this. Process 0 writes; in the others `log`,
+        `rewind`, `write_json` and `finish` do nothing.
 
         Args:
           config: what must agree for the curve to continue, as JSON can hold it. Leave out what may change
@@ -58,6 +62,16 @@ class Run:
           RunError: the folder holds a run with another config or other files, or another process trains there.
         """
         path, config = Path(path).absolute(), _as_json(config)
+        run = by_writer(lambda: cls._create_or_resume(path, config))
+        if run is None:
+            info = _read_info(path)
+            _check_same(path, info["config"], config)
+            run = cls(path, info, lock=None, resumed=True, follows=True)
+        same_everywhere(f"the run in {path}", run.created)
+        return run
+
+    @classmethod
+    def _create_or_resume(cls, path: Path, config: dict) -> "Run":
         if path.exists() and not path.is_dir():
             raise RunError(f"{path} is a file: give --out the name of a folder")
         if path.is_dir() and not (path / _RUN).exists() and _foreign(path):
@@ -118,7 +132,8 @@ class Run:
 
     def log(self, *, step: int, **values: Any) -> None:
         """Adds one line to metrics.jsonl: numbers (jax and numpy scalars too, exactly), strings, lists."""
-        self._must_write()
+        if not self._writes():
+            return
         line = json.dumps({"step": int(step), **{k: _plain(v) for k, v in values.items()}}) + "\n"
         try:
             if self._log is None:
@@ -137,7 +152,8 @@ class Run:
 
     def rewind(self, step: int) -> None:
         """Forgets what was logged after `step`, that the curve of a resumed run has no step twice."""
-        self._must_write()
+        if not self._writes():
+            return
         self._close_log()
         if (self.path / _METRICS).exists():
             kept = [raw for row, raw in self._lines() if row["step"] <= step]
@@ -145,8 +161,9 @@ class Run:
 
     def write_json(self, name: str, value: Any) -> Path:
         """Writes `<run>/<name>.json` all at once: a reader never sees half of it."""
-        self._must_write()
         path = self._json_path(name)
+        if not self._writes():
+            return path
         if path.name == _RUN:
             raise RunError(f"{_RUN} is the run's own file: choose another name")
         write_json(path, _as_json(value))
@@ -176,9 +193,10 @@ class Run:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def _must_write(self) -> None:
-        if self._lock is None:
+    def _writes(self) -> bool:
+        if self._lock is None and not self._follows:
             raise RunError(f"the run in {self.path} is open for reading: write to it with Run.create_or_resume")
+        return self._lock is not None
 
     def _json_path(self, name: str) -> Path:
         return self.path / (name if name.endswith(".json") else f"{name}.json")
@@ -224,6 +242,12 @@ class Preemption:
     def __bool__(self) -> bool:
         return self.signal is not None
 
+    def at(self, step: int) -> bool:
+        """Whether to stop after this step, to be asked once for each; of several processes all get the same answer."""
+        if reached_stop(step):
+            self.signal = "SIGTERM"
+        return bool(self)
+
 
 @contextlib.contextmanager
 def preemption() -> Iterator[Preemption]:
@@ -235,7 +259,8 @@ def preemption() -> Iterator[Preemption]:
                 if stop:
                     checkpoints.save(step, state); break
 
-    Outside the main thread Python handles no signals: the flag then stays false.
+    Outside the main thread Python handles no signals: the flag then stays false. Of several processes, the one that
+    is asked tells the others: jax listens for SIGTERM and finds the step that none of them has passed.
     """
     stop = Preemption()
     if threading.current_thread() is not threading.main_thread():
@@ -248,10 +273,13 @@ def preemption() -> Iterator[Preemption]:
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
     def asked(number: int, _frame: Any) -> None:
-        stop.signal = signal.Signals(number).name
         restore()
+        if several():
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            stop.signal = signal.Signals(number).name
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGINT,) if several() else (signal.SIGTERM, signal.SIGINT):
         before[number] = signal.getsignal(number)
         # an ignored signal (nohup-like, background jobs of a shell) stays ignored
         if before[number] != signal.SIG_IGN:

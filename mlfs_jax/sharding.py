@@ -12,12 +12,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mlfs_jax.backbone.tree import flatten, map_named
+from mlfs_jax.data.batches import Batches
 from mlfs_jax.errors import ConfigError, unknown
+from mlfs_jax.lora import Lora, lora_axes
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -96,7 +99,23 @@ def base_shardings(mesh: Mesh, base: nnx.State) -> nnx.State:
 def shard_base(mesh: Mesh, base: nnx.State) -> nnx.State:
     """The base with every weight in its place."""
     places = {name: leaf.get_value() for name, leaf in flatten(base_shardings(mesh, base)).items()}
-    return map_named(lambda name, leaf: jax.device_put(leaf[...], places[name]), base)
+    return map_named(lambda name, leaf: put(leaf[...], places[name]), base)
+
+
+def shard_lora(base: nnx.State, lora: Lora) -> Lora:
+    """An adapter in its place beside the base's weights; unchanged where the base lies on no mesh."""
+    mesh = mesh_of(base)
+    if mesh is None:
+        return lora
+    axes = lora_axes(base, lora)
+    place = lambda names, x: put(x, sharding_of(mesh, names, x.shape))  # noqa: E731
+    return {site: {leaf: place(axes[site][leaf], x) for leaf, x in entry.items()} for site, entry in lora.items()}
+
+
+def mesh_of(base: nnx.State) -> Mesh | None:
+    """The mesh on which a base lies; None where it is on one device."""
+    places = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(base))
+    return next((place.mesh for place in places if isinstance(place, NamedSharding)), None)
 
 
 def state_shardings(mesh: Mesh, optimizer: optax.GradientTransformation, params: Any, axes: Any) -> tuple[Any, Any]:
@@ -129,16 +148,61 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def _check_rows(mesh: Mesh, rows: int) -> None:
+    places = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % places:
+        raise ConfigError(f"batch_size = {rows} on a mesh of {places} (data times fsdp): expected a multiple of it.")
+
+
 def shard_batch(mesh: Mesh, batch: Mapping) -> dict:
     """A batch with its rows spread over ``data`` and ``fsdp``.
 
     Raises:
         ConfigError: the rows do not divide among the devices.
     """
-    rows, places = len(next(iter(batch.values()))), mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows % places:
-        raise ConfigError(f"batch_size = {rows} on a mesh of {places} (data times fsdp): expected a multiple of it.")
-    return {
-        name: jax.device_put(x, sharding_of(mesh, ("batch", *[""] * (x.ndim - 1)), x.shape))
-        for name, x in batch.items()
-    }
+    _check_rows(mesh, len(next(iter(batch.values()))))
+    return _place_batch(mesh, batch)
+
+
+def beside(base: nnx.State, batch: Mapping) -> Mapping:
+    """A batch spread over the mesh on which a base lies, as far as its rows divide; unchanged where there is none."""
+    mesh = mesh_of(base)
+    return batch if mesh is None else _place_batch(mesh, batch)
+
+
+def feed(mesh: Mesh, batches: Batches, step: int) -> dict[str, jax.Array]:
+    """The batch of a step, as :func:`shard_batch` spreads it; each process makes the rows of its own devices only."""
+    size = batches.batch_size
+    _check_rows(mesh, size)
+    places = sharding_of(mesh, ("batch",), (size,)).addressable_devices_indices_map((size,)).values()
+    mine = np.unique(np.concatenate([np.arange(size)[place] for place in places]))
+
+    def whole(x: np.ndarray) -> jax.Array:
+        shape = (size, *x.shape[1:])
+        place = sharding_of(mesh, ("batch", *[""] * (x.ndim - 1)), shape)
+        return jax.make_array_from_process_local_data(place, x, shape)
+
+    return {name: whole(x) for name, x in batches.part(step, mine).items()}
+
+
+def _place_batch(mesh: Mesh, batch: Mapping) -> dict[str, jax.Array]:
+    place = lambda x: sharding_of(mesh, ("batch", *[""] * (x.ndim - 1)), x.shape)  # noqa: E731
+    return {name: put(x, place(x)) for name, x in batch.items()}
+
+
+def put(tree: Any, places: Any) -> Any:
+    """Arrays that every process has, in their places: ``jax.device_put`` without its comparing them.
+
+    Args:
+        places: of the leaves, in a tree of the same structure; or one sharding or device for all.
+    """
+
+    def move(x: Any, place: Any) -> jax.Array:
+        here = getattr(place, "is_fully_addressable", True)
+        if here or (isinstance(x, jax.Array) and not x.is_fully_addressable):
+            return jax.device_put(x, place)
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, place, x.__getitem__)
+
+    one = isinstance(places, jax.sharding.Sharding | jax.Device)
+    return jax.tree.map(lambda x: move(x, places), tree) if one else jax.tree.map(move, tree, places)

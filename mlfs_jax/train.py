@@ -31,12 +31,13 @@ from mlfs_jax.distill import DistillConfig, init_projection, task_loss
 from mlfs_jax.errors import ConfigError
 from mlfs_jax.evaluate import evaluate
 from mlfs_jax.hf.load import from_pretrained
+from mlfs_jax.hosts import decided, is_writer, same_everywhere, several
 from mlfs_jax.importance import Order, block_influence, importance_order, measure_importance, reorder, reorder_lora
 from mlfs_jax.lora import Lora, init_lora, load_lora, merge_lora, save_lora, stack_stages
 from mlfs_jax.model import Model, cast_base, forward
 from mlfs_jax.registry import ENTRIES
 from mlfs_jax.run import Preemption, Run, preemption
-from mlfs_jax.sharding import shard_base, shard_batch, sharding_of
+from mlfs_jax.sharding import feed, make_mesh, put, shard_base, shard_lora, sharding_of
 from mlfs_jax.slicing import slice_subnet
 from mlfs_jax.stages import Stage, paper_stages
 from mlfs_jax.subnet import SubnetSpace
@@ -207,11 +208,11 @@ def load_run(path: str | Path, *, finished: bool = False) -> Fitted:
 
 
 def _assemble(run: Run, config: FitConfig, task: Task, model: Model) -> Fitted:
-    head = load_lora(run.path / HEAD) if not task.is_language else {}
+    head = shard_lora(model.base, load_lora(run.path / HEAD)) if not task.is_language else {}
     start = {f"{site}.{leaf}": value for site, entry in head.items() for leaf, value in entry.items()}
     model = model.replace(base=map_named(lambda name, leaf: start.get(name, leaf[...]), model.base))
     files = [_adapter_file(run, stage) for stage in config.stages]
-    stages = tuple(load_lora(file) for file in files if file.exists())
+    stages = tuple(shard_lora(model.base, load_lora(file)) for file in files if file.exists())
     order = None
     if stages and config.reorder:
         order = Order.from_json(run.read_json("order"))
@@ -245,7 +246,8 @@ def fit(
     """Train the three stages into the folder ``out``; continue there if it holds the same run, unfinished.
 
     Args:
-        mesh: devices to spread over, see :func:`mlfs_jax.make_mesh`; a run may go on with another one.
+        mesh: devices to spread over, see :func:`mlfs_jax.make_mesh`; a run may go on with another one. Several
+            processes (:mod:`mlfs_jax.hosts`) all call this; without a mesh each device has all weights.
 
     Returns None when a SIGTERM or Ctrl-C ended it early (everything is saved; the same call goes on).
 
@@ -253,7 +255,9 @@ def fit(
         RunError: ``out`` holds another run.
         MLFSError: a name, file or setting is wrong; the message says which.
     """
-    console = console or Console()
+    console = console or Console(quiet=not is_writer())
+    if mesh is None and several():
+        mesh = make_mesh(f"data={jax.device_count()}")
     config = dataclasses.replace(config, model=_from_anywhere(config.model), task=_from_anywhere(config.task))
     task = config.get_task()
     model = config.load_model(task, mesh)
@@ -262,7 +266,7 @@ def fit(
     Batches(data["train"], config.batch_size, seed=config.seed, buckets=config.buckets)
     saved = {**dataclasses.asdict(config), "data": fingerprint(data)}
     with preemption() as stop, Run.create_or_resume(out, saved) as run:
-        if not task.is_language and not (run.path / HEAD).exists():
+        if not task.is_language and not decided((run.path / HEAD).exists()):
             _save_head(run, model)
         if run.finished:
             console.print(f"{run.path} is finished; `mlfs palette` measures it.")
@@ -310,18 +314,19 @@ def _train_stage(
         unroll = jax.default_backend() == "cpu" and model.config.layers <= UNROLLED
 
     params = init_params(root, model, stage, config.distill)
+    batches = Batches(train, config.batch_size, seed=config.seed + 1000 * number, buckets=config.buckets)
     # placed before the first step, as a restored state is: else the step compiles twice
     optimizer, base = stage.optimizer(), cast_base(model.base, config.dtype)
-    places, place_batch = None, lambda batch: batch
+    places, batch_at = None, batches.__getitem__
     if mesh is not None:
         places = state_places(mesh, base, params, optimizer)
-        base, place_batch = shard_base(mesh, base), partial(shard_batch, mesh)
+        base, batch_at = shard_base(mesh, base), partial(feed, mesh, batches)
     supernet = Supernet(model.config, config.distill, optimizer, config.execution, unroll, config.remat, places)
-    state: TrainState = jax.device_put(supernet.init(params), places or jax.devices()[0])
+    state: TrainState = put(supernet.init(params), places or jax.devices()[0])
 
-    batches = Batches(train, config.batch_size, seed=config.seed + 1000 * number, buckets=config.buckets)
     with Checkpoints(run.checkpoints) as checkpoints, _progress(console) as progress:
         latest = checkpoints.latest()
+        same_everywhere(f"the newest checkpoint in {run.checkpoints}", latest)
         if latest is not None and latest > first:
             state, _ = checkpoints.restore(state)
         run.rewind(first + int(state.step))
@@ -335,13 +340,13 @@ def _train_stage(
 
         for step in range(int(state.step), stage.steps):
             subnets = stage.subnets(space, jax.random.fold_in(root, 2 + step))
-            state, losses = supernet.step(state, base, place_batch(batches[step]), subnets, config.gamma)
+            state, losses = supernet.step(state, base, batch_at(step), subnets, config.gamma)
             pending.append((first + step + 1, losses))
             if (step + 1) % LOG_EVERY == 0:
                 shown = f"loss maxnet {losses[0]:.3f}" + (f", minnet {losses[1]:.3f}" if subnets else "")
                 progress.update(bar, losses=shown)
             progress.update(bar, completed=step + 1)
-            stopping = bool(stop)  # once: a signal may come between two looks
+            stopping = stop.at(first + step + 1)  # once: a signal may come between two looks
             save = stopping or (step + 1) % config.save_every == 0
             if save or step + 1 == stage.steps or (step + 1) % LOG_EVERY == 0:
                 flush()  # not at every step: reading a loss waits for the device

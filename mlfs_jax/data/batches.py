@@ -109,7 +109,11 @@ class Batches:
 
         For language, loss_mask float32 [B, T] in place of labels (see `pad`).
         """
-        return pad(self.encoded, self.rows(step), self.width(step))
+        return self.part(step, np.arange(self.batch_size))
+
+    def part(self, step: int, which: np.ndarray) -> dict[str, np.ndarray]:
+        """Only these rows [b] of the batch at `step`, padded as the whole is: what one of several processes feeds."""
+        return pad(self.encoded, self.rows(step)[which], self.width(step))
 
 
 def _bucket(length: int, buckets: Sequence[int]) -> int:
