@@ -53,12 +53,14 @@ class Hosts:
             Open MPI or a TPU pod has started several processes.
         num_processes: how many there are.
         process_id: which one this is, from 0.
+        wait: seconds until all of them must have started.
         heartbeat: seconds without a sign of life after which a process counts as dead and the others stop.
     """
 
     coordinator: str | None = None
     num_processes: int | None = None
     process_id: int | None = None
+    wait: int = 300
     heartbeat: int = 60
 
     def __post_init__(self):
@@ -73,8 +75,8 @@ class Hosts:
             )
         elif not 0 <= self.process_id < self.num_processes:
             raise ConfigError(f"process_id = {self.process_id}: expected 0 to {self.num_processes - 1}.")
-        if self.heartbeat < 1:
-            raise ConfigError(f"heartbeat = {self.heartbeat}: expected at least 1 second.")
+        if self.wait < 1 or self.heartbeat < 1:
+            raise ConfigError(f"wait = {self.wait}, heartbeat = {self.heartbeat}: expected at least 1 second.")
 
     def several(self, environ: Mapping[str, str] = os.environ) -> bool:
         """Whether this process is one of several."""
@@ -93,6 +95,7 @@ class Hosts:
                 self.num_processes,
                 self.process_id,
                 cluster_detection_method="deactivate" if self.process_id is not None else None,
+                initialization_timeout=self.wait,
                 heartbeat_timeout_seconds=self.heartbeat,
                 shutdown_timeout_seconds=self.heartbeat,
             )
@@ -104,7 +107,8 @@ class Hosts:
         try:
             yield
         except BaseException as e:
-            atexit.register(_leave, 130 if isinstance(e, KeyboardInterrupt) else 2 if isinstance(e, MLFSError) else 1)
+            codes = {KeyboardInterrupt: 130, MLFSError: 2, jax.errors.JaxRuntimeError: LOST}
+            atexit.register(_leave, next((code for kind, code in codes.items() if isinstance(e, kind)), 1))
             if isinstance(e, jax.errors.JaxRuntimeError):
                 raise HostsError(f"the processes of this job lost each other ({_first_line(e)}). {_AGAIN}") from e
             raise
@@ -210,8 +214,8 @@ def supervise(command: Sequence[str]) -> int:
         for number, handler in before.items():
             signal.signal(number, handler)
     text = "".join(withheld)
-    if code == -signal.SIGABRT and "JAX distributed service detected fatal errors" in text:
-        print(f"error: {_who_is_gone(text)}, so this process has stopped, too. {_AGAIN}", file=sys.stderr)
+    if code in (-signal.SIGABRT, LOST) and "JAX distributed service detected fatal errors" in text:
+        print(f"error: {_what_happened(text)}", file=sys.stderr)
         return LOST
     sys.stderr.write(text)
     if code < 0:
@@ -233,13 +237,18 @@ def _relay(stream: Any, withheld: list[str]) -> None:
             sys.stderr.flush()
 
 
-def _who_is_gone(text: str) -> str:
+def _what_happened(text: str) -> str:
+    if "/RegisterTask" in text:
+        return "not all processes of this job came: are all of them started, and do they reach process 0? (--wait)"
     found = re.search(r"stopped sending heartbeats\):\s*((?:\d+\s+)+)", text)
     if found is None:
-        return "process 0 of this job is gone (killed, out of memory, or its host is down; it may say why)"
+        return f"process 0 of this job is gone (if it could, it said why), so this process has stopped, too. {_AGAIN}"
     ids = sorted({int(i) for i in found.group(1).split()})
     which = f"process {ids[0]}" if len(ids) == 1 else f"processes {', '.join(map(str, ids))}"
-    return f"{which} of this job no longer answer{'s' * (len(ids) == 1)} (killed, out of memory, or its host is down)"
+    return (
+        f"{which} of this job stopped answering (killed, out of memory, or its host is down), so this process has "
+        f"stopped, too. {_AGAIN}"
+    )
 
 
 def _die_with_parent() -> None:
