@@ -70,6 +70,17 @@ def make_mesh(spec: str, devices: list | None = None) -> Mesh:
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=kinds, devices=devices)
 
 
+def automatic(mesh: Mesh) -> Mesh:
+    """The same devices with Auto axes: the compiler splits what is between arguments and results.
+
+    A mesh with Explicit axes is taken wherever one is asked for, and used so. The networks say nowhere how their
+    intermediate values are split, which Explicit axes ask for at the first gather and wherever a split axis is summed.
+    To call one on arrays that lie on an Explicit mesh, wrap the call in ``jax.sharding.auto_axes``.
+    """
+    kinds = (jax.sharding.AxisType.Auto,) * len(mesh.axis_names)
+    return mesh if mesh.axis_types == kinds else Mesh(mesh.devices, mesh.axis_names, axis_types=kinds)
+
+
 def spec_of(mesh: Mesh, axes: tuple[str, ...], shape: tuple[int, ...]) -> PartitionSpec:
     """How an array with these named axes is split.
 
@@ -88,7 +99,8 @@ def spec_of(mesh: Mesh, axes: tuple[str, ...], shape: tuple[int, ...]) -> Partit
 
 
 def sharding_of(mesh: Mesh, axes: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
-    return NamedSharding(mesh, spec_of(mesh, axes, shape))
+    """The same as a sharding, on the mesh with :func:`automatic` axes."""
+    return NamedSharding(automatic(mesh), spec_of(mesh, axes, shape))
 
 
 def base_shardings(mesh: Mesh, base: nnx.State) -> nnx.State:
@@ -140,12 +152,12 @@ def state_shardings(mesh: Mesh, optimizer: optax.GradientTransformation, params:
 
 def rows_on(mesh: Mesh) -> NamedSharding:
     """Where activations lie: examples spread over ``data`` and ``fsdp`` as those of the batch, else whole."""
-    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+    return NamedSharding(automatic(mesh), PartitionSpec(RULES["batch"]))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
     """On every device, whole."""
-    return NamedSharding(mesh, PartitionSpec())
+    return NamedSharding(automatic(mesh), PartitionSpec())
 
 
 def _check_rows(mesh: Mesh, rows: int) -> None:

@@ -37,7 +37,7 @@ def losses(spec: str | None, execution: str) -> tuple[list, int, int]:
     params = {"lora": random_lora(MODEL)}
     params["features"] = init_projection(jax.random.key(3), MODEL.config.embed, DISTILL)
     if spec is not None:
-        mesh = mlfs.make_mesh(spec)
+        mesh = mlfs.make_mesh(spec) if execution == "sliced" else explicit(mlfs.make_mesh(spec))
         places = state_places(mesh, base, params, optimizer)
         base, batch = mlfs.shard_base(mesh, base), mlfs.shard_batch(mesh, batch)
     supernet = Supernet(MODEL.config, DISTILL, optimizer, execution, places=places)
@@ -47,6 +47,12 @@ def losses(spec: str | None, execution: str) -> tuple[list, int, int]:
         found.append(np.asarray(step).tolist())
     compiled = supernet.masked_step if execution == "masked" else supernet._compiled[0]
     return found, compiled._cache_size(), bytes_here(base)
+
+
+def explicit(mesh):
+    """What ``jax.make_mesh`` makes by itself."""
+    kinds = (jax.sharding.AxisType.Explicit,) * len(mesh.axis_names)
+    return jax.make_mesh(mesh.axis_sizes, mesh.axis_names, axis_types=kinds)
 
 
 def bytes_here(base) -> int:
@@ -70,12 +76,42 @@ def forward_flops(spec: str | None) -> float:
 
 
 def loaded(folder: str) -> dict:
-    """Bytes of the loaded weights on the first device, and whether an export of them is the checkpoint again."""
+    """Bytes of loaded weights on the first device, at the end and at most; whether their export is the checkpoint."""
     mlfs.export_hf(MODEL, f"{folder}/a")
-    model = mlfs.from_pretrained(f"{folder}/a", sharding=partial(sharding_of, mlfs.make_mesh("fsdp=8")))
-    mlfs.export_hf(model, f"{folder}/b")
+    model, loading = most_bytes(
+        lambda: mlfs.from_pretrained(f"{folder}/a", sharding=partial(sharding_of, mlfs.make_mesh("fsdp=8")))
+    )
+    _, exporting = most_bytes(lambda: mlfs.export_hf(model, f"{folder}/b"))
     files = [Path(folder, x, "model.safetensors").read_bytes() for x in "ab"]
-    return {"nbytes": bytes_here(model.base), "same": files[0] == files[1]}
+    largest = max(x.nbytes for x in jax.tree.leaves(MODEL.base))
+    most = {"loading": loading, "exporting": exporting, "largest": largest}
+    return {"nbytes": bytes_here(model.base), "same": files[0] == files[1], **most}
+
+
+def most_bytes(work):
+    """What it returns, and the most bytes that it had on the first device beside what was there before.
+
+    Counted whenever a function of the package is called or returns.
+    """
+    here, most = jax.devices()[0], 0
+    count = lambda: sum(  # noqa: E731
+        shard.data.nbytes for x in jax.live_arrays() for shard in x.addressable_shards if shard.device == here
+    )
+    before = count()
+
+    def look(frame, event, _):
+        nonlocal most
+        if event in ("call", "return") and "/mlfs_jax/" in frame.f_code.co_filename:
+            sys.setprofile(None)
+            most = max(most, count() - before)
+            sys.setprofile(look)
+
+    sys.setprofile(look)
+    try:
+        result = work()
+        return result, most
+    finally:
+        sys.setprofile(None)
 
 
 def moved(folder: str) -> dict:

@@ -31,7 +31,7 @@ def report(tmp_path_factory):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("mesh", ["fsdp", "tensor"])
+@pytest.mark.parametrize("mesh", ["fsdp", "tensor"])  # of Auto and of Explicit axes
 def test_losses_are_those_of_one_device(report, mesh):
     np.testing.assert_allclose(report[mesh]["losses"], report["one"]["losses"], rtol=1e-5)
     assert report[mesh]["compiles"] == 1
@@ -42,6 +42,13 @@ def test_a_device_holds_its_share(report):
     assert report["fsdp"]["nbytes"] == pytest.approx(whole / 4, rel=0.05)  # data=2 holds everything twice
     assert report["tensor"]["nbytes"] == pytest.approx(whole / 8, rel=0.05)
     assert report["loaded"]["nbytes"] == pytest.approx(whole / 8, rel=0.05) and report["loaded"]["same"]
+
+
+def test_neither_loading_nor_exporting_gathers_the_model_on_one_device(report):
+    whole, loaded = report["whole"], report["loaded"]
+    assert loaded["largest"] < whole / 4  # or what follows would say little
+    assert whole / 8 <= loaded["loading"] <= whole / 8 * 1.05 + loaded["largest"]
+    assert loaded["exporting"] <= whole / 8 * 1.05
 
 
 def test_a_checkpoint_is_restored_onto_another_mesh(report):
