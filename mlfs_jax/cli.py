@@ -126,7 +126,7 @@ def _preset(args: list[str]) -> str:
     return "full"
 
 
-def _fit_from(chosen: str, args: list[str]):
+def _fit_from(chosen: str, args: Sequence[str] = ()):
     from mlfs_jax import hosts as processes
     from mlfs_jax.train import FitConfig
 
