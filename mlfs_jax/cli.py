@@ -280,6 +280,7 @@ def _generate_with():
         subnet: str | None = None,
         chat: Flag = False,
         seed: int = 0,
+        mesh: str | None = None,
     ) -> None:
         """Continue a text.
 
@@ -289,12 +290,14 @@ def _generate_with():
             subnet: a name such as half, or sizes such as heads=6,mlp=768,depth=20; the default is the whole model.
             chat: the prompt is what a user says: put it into the model's chat template.
             seed: of random sampling.
+            mesh: several devices, as for mlfs fit: tensor=N splits heads and neurons, fsdp=N all weights.
         """
         from rich.console import Console
 
         from mlfs_jax.load import load_subnet
+        from mlfs_jax.sharding import make_mesh
 
-        network, console = load_subnet(model, subnet), Console()
+        network, console = load_subnet(model, subnet, mesh=None if mesh is None else make_mesh(mesh)), Console()
         if config.beams > 1:
             pieces = generate_text(network, [prompt], config, chat=chat)
         else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mlfs_jax.backbone.cache import Cache
 from mlfs_jax.backbone.tree import flatten, map_named
 from mlfs_jax.data.batches import Batches
 from mlfs_jax.errors import ConfigError, unknown
@@ -122,6 +124,17 @@ def shard_lora(base: nnx.State, lora: Lora) -> Lora:
     axes = lora_axes(base, lora)
     place = lambda names, x: put(x, sharding_of(mesh, names, x.shape))  # noqa: E731
     return {site: {leaf: place(axes[site][leaf], x) for leaf, x in entry.items()} for site, entry in lora.items()}
+
+
+def shard_cache(base: nnx.State, cache: Cache) -> Cache:
+    """A key-value cache in its place beside the base's weights; unchanged where the base lies on no mesh."""
+    mesh = mesh_of(base)
+    return cache if mesh is None else put(cache, jax.tree.map(partial(_cache_place, mesh), cache))
+
+
+def _cache_place(mesh: Mesh, x: jax.Array) -> NamedSharding:
+    axes = ("layers", "batch", "", "kv_heads", "head_dim") if x.ndim == 5 else ("batch", *[""] * (x.ndim - 1))
+    return sharding_of(mesh, axes, x.shape)
 
 
 def mesh_of(base: nnx.State) -> Mesh | None:

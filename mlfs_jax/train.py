@@ -193,8 +193,12 @@ class Fitted:
         return self.model.replace(base=merge_lora(self.model.base, self.lora))
 
 
-def load_run(path: str | Path, *, finished: bool = False) -> Fitted:
+def load_run(path: str | Path, *, finished: bool = False, mesh: Mesh | None = None) -> Fitted:
     """Open a run folder.
+
+    Args:
+        finished: refuse a run that has not come to its end.
+        mesh: devices to spread the weights over, see :func:`mlfs_jax.make_mesh`.
 
     Raises:
         RunError: there is none, or (with ``finished``) it has not come to its end.
@@ -204,7 +208,7 @@ def load_run(path: str | Path, *, finished: bool = False) -> Fitted:
     saved["distill"] = DistillConfig(**saved["distill"])
     config = FitConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
     task = config.get_task()
-    return _assemble(run, config, task, config.load_model(task))
+    return _assemble(run, config, task, config.load_model(task, mesh))
 
 
 def _assemble(run: Run, config: FitConfig, task: Task, model: Model) -> Fitted:

@@ -63,6 +63,7 @@ def _fit():
         *,
         out: RunFolder,
         per_user: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="")] = False,
+        mesh: str | None = None,
     ) -> int:
         """Train a plugin: the side network, then its gate, whose threshold is set for the wanted usage.
 
@@ -71,11 +72,15 @@ def _fit():
         Args:
             out: folder of the run; new, empty, or holding the same run.
             per_user: one plugin for each user of the task, each in a folder of its own below.
+            mesh: several devices, e.g. data=2,fsdp=4,tensor=1: copies, split weights, split layers. A run may go on
+                with another one.
         """
+        from mlfs_jax.sharding import make_mesh
         from spa_jax.train import fit as train
         from spa_jax.train import fit_users
 
-        return 0 if (fit_users if per_user else train)(config, out) is not None else 130
+        done = (fit_users if per_user else train)(config, out, mesh=None if mesh is None else make_mesh(mesh))
+        return 0 if done is not None else 130
 
     return fit
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from mlfs_jax.data.batches import BUCKETS
 from mlfs_jax.data.encode import Encoded, load_task
@@ -17,6 +19,7 @@ from mlfs_jax.errors import ConfigError
 from mlfs_jax.hf.load import from_pretrained
 from mlfs_jax.model import Model
 from mlfs_jax.registry import ENTRIES
+from mlfs_jax.sharding import sharding_of
 from mlfs_jax.stages import Stage
 from spa_jax.gate_fit import GateConfig
 from spa_jax.seam import Setting
@@ -118,8 +121,8 @@ class FitConfig:
             )
         return task
 
-    def load_model(self) -> Model:
-        return from_pretrained(self.model, head="lm")
+    def load_model(self, mesh: Mesh | None = None) -> Model:
+        return from_pretrained(self.model, head="lm", sharding=None if mesh is None else partial(sharding_of, mesh))
 
     def load_data(self, task: Task, model: Model) -> dict[str, Encoded]:
         """The task, encoded by the tokenizer in the model's folder; of one user, if one is named."""

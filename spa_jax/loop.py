@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mlfs_jax.checkpoint import Checkpoints
 from mlfs_jax.run import Preemption, Run
+from mlfs_jax.sharding import put
 from mlfs_jax.supernet import TrainState
 
 LOG_EVERY = 10
@@ -35,6 +36,7 @@ def train_loop(
     step: Callable[[TrainState, int], tuple[TrainState, jax.Array]],
     steps: int,
     save_every: int,
+    places: TrainState | None = None,
 ) -> Any | None:
     """The trained ``params``, or None when a signal ended it early (everything is saved).
 
@@ -43,10 +45,11 @@ def train_loop(
         params: what to start from, unless the run has a checkpoint.
         optimizer: an optax transformation; its state is made here.
         step: ``step(state, i) -> (state, loss)``; may donate the state; a pure function of both.
+        places: where the state lies on a mesh, as shardings.
     """
     fresh = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
     # placed before the first step, as a restored state is: else the step compiles twice
-    state: TrainState = jax.device_put(fresh, jax.devices()[0])
+    state: TrainState = put(fresh, places or jax.devices()[0])
     with Checkpoints(run.checkpoints) as checkpoints, progress(console) as bars:
         if checkpoints.latest() is not None:
             state, _ = checkpoints.restore(state)

@@ -14,13 +14,14 @@ import dataclasses
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import jax
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from rich.console import Console
 
@@ -33,6 +34,7 @@ from mlfs_jax.model import Model
 from mlfs_jax.model import forward as forward_base
 from mlfs_jax.registry import cache_dir
 from mlfs_jax.run import Preemption, Run, preemption
+from mlfs_jax.sharding import feed, mesh_of, replicated, state_shardings
 from mlfs_jax.supernet import TrainState
 from mlfs_jax.vocab import CHUNK, Hidden, lm_loss
 from spa_jax.config import FitConfig, from_json
@@ -44,7 +46,7 @@ from spa_jax.model import cloud_step
 from spa_jax.plugin import WEIGHTS, Plugin, base_fingerprint, load_plugin, save_plugin, tokenizer_fingerprint
 from spa_jax.score import TokenScores, score_tokens
 from spa_jax.seam import Frame, Setting
-from spa_jax.side import Side, device_step
+from spa_jax.side import Side, device_step, side_axes
 from spa_jax.start import init_side
 
 
@@ -56,6 +58,7 @@ class SideTrainer:
         side: its shapes; the weights are the state's.
         unroll: unroll the scans over layers (``cost_analysis()`` counts the body of a scan once).
         chunk: tokens whose logits are in memory at a time.
+        places: where the state lies on a mesh, as shardings; it stays there.
     """
 
     graphdef: nnx.GraphDef
@@ -64,6 +67,7 @@ class SideTrainer:
     optimizer: optax.GradientTransformation
     unroll: bool = False
     chunk: int = CHUNK
+    places: TrainState | None = None
 
     def loss(
         self, net: dict[str, Array], base: nnx.State, batch: Mapping, ladders: tuple[Frame, Array] | None, key: Array
@@ -94,7 +98,7 @@ class SideTrainer:
             updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
             return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), loss
 
-        return jax.jit(step, donate_argnames="state")
+        return jax.jit(step, donate_argnames="state", out_shardings=(self.places, None))
 
 
 @dataclass(frozen=True)
@@ -123,12 +127,18 @@ def load_run(path: str | Path, *, model: Model | None = None) -> Fitted:
 
 
 def fit(
-    config: FitConfig, out: str | Path, *, model: Model | None = None, console: Console | None = None
+    config: FitConfig,
+    out: str | Path,
+    *,
+    model: Model | None = None,
+    mesh: Mesh | None = None,
+    console: Console | None = None,
 ) -> Fitted | None:
     """Train a plugin into the folder ``out``; continue there if it holds the same run, unfinished.
 
     Args:
         model: the base, if it is loaded already.
+        mesh: devices to spread over, see :func:`mlfs_jax.make_mesh`; a run may go on with another one.
 
     Returns None when a SIGTERM or Ctrl-C ended it early (everything is saved; the same call goes on).
 
@@ -139,7 +149,8 @@ def fit(
     console = console or Console()
     config = config.anywhere()
     task = config.get_task()
-    model = model or config.load_model()
+    model = model or config.load_model(mesh)
+    mesh = mesh_of(model.base)
     config.side.resolve(model.config)  # what is wrong is said before the folder is made
     data = config.load_data(task, model)
     for_side, for_gate = config.split(data["train"])
@@ -150,7 +161,7 @@ def fit(
         if run.finished:
             console.print(f"{run.path} is finished; `spa eval` measures it.")
             return load_run(run.path, model=model)
-        side = _train_side(config, model, for_side, run, stop, console)
+        side = _train_side(config, model, for_side, run, stop, mesh, console)
         if side is None:
             console.print(f"stopped by {stop.signal}; the same command continues this run.")
             return None
@@ -163,7 +174,13 @@ def fit(
 
 
 def _train_side(
-    config: FitConfig, model: Model, train: Encoded, run: Run, stop: Preemption, console: Console
+    config: FitConfig,
+    model: Model,
+    train: Encoded,
+    run: Run,
+    stop: Preemption,
+    mesh: Mesh | None,
+    console: Console,
 ) -> Side | None:
     root, setting = jax.random.key(config.seed), Setting.parse(config.setting)
     started = Checkpoints(run.checkpoints).latest() is not None  # a start that is replaced need not be measured
@@ -177,11 +194,15 @@ def _train_side(
         cache = _fill_cache(config, model, side, train, batches, run, stop, console)
         if cache is None:
             return None
-    trainer = SideTrainer(model.graphdef, side, setting, config.optimizer)
+    places, batch_at = None, batches.__getitem__
+    if mesh is not None:
+        trained, moments = state_shardings(mesh, config.optimizer, side.net, side_axes(side.config, side.backbone))
+        places, batch_at = TrainState(trained, moments, replicated(mesh)), partial(feed, mesh, batches)
+    trainer = SideTrainer(model.graphdef, side, setting, config.optimizer, places=places)
 
     def step(state: TrainState, i: int):
         ladders = None if cache is None else cache.get(batches.rows(i), batches.width(i))
-        return trainer.step(state, model.base, batches[i], ladders, jax.random.fold_in(root, i))
+        return trainer.step(state, model.base, batch_at(i), ladders, jax.random.fold_in(root, i))
 
     net = train_loop(
         run,
@@ -193,6 +214,7 @@ def _train_side(
         step=step,
         steps=config.steps,
         save_every=config.save_every,
+        places=places,
     )
     return None if net is None else side.replace(net=net)
 
@@ -278,7 +300,9 @@ def gated_result(held: TokenScores, p: np.ndarray, threshold: float) -> dict[str
     }
 
 
-def fit_users(config: FitConfig, out: str | Path, *, console: Console | None = None) -> dict[str, Fitted] | None:
+def fit_users(
+    config: FitConfig, out: str | Path, *, mesh: Mesh | None = None, console: Console | None = None
+) -> dict[str, Fitted] | None:
     """One plugin for each user of the task, over one base, each in a folder of its own under ``out``.
 
     Returns None when a signal ended it early; the same call goes on.
@@ -286,7 +310,7 @@ def fit_users(config: FitConfig, out: str | Path, *, console: Console | None = N
     Raises:
         ConfigError: the task has no users.
     """
-    console, model = console or Console(), config.load_model()
+    console, model = console or Console(), config.load_model(mesh)
     data = config.load_data(config.get_task(), model)
     users = sorted({*(data["train"].users or ())} & {*(data["validation"].users or ())})
     if not users:

@@ -17,6 +17,7 @@ from mlfs_jax.generate.loop import Rows
 from mlfs_jax.generate.network import Network, decode_beams, decode_rows, decode_token, prefill
 from mlfs_jax.generate.sampling import GREEDY, GenerateConfig
 from mlfs_jax.model import Model
+from mlfs_jax.sharding import shard_cache
 from mlfs_jax.subnet import Subnet
 
 Prompts = Sequence[Sequence[int]] | Mapping[str, Array]
@@ -96,12 +97,14 @@ class Session:
 
     def _make_room(self, network: Network, batch: int, used: int, room: int) -> None:
         if self.cache is None:
-            self.cache = init_cache(network.model.config, batch, used + bucket(room), network.dtype)
+            fresh = init_cache(network.model.config, batch, used + bucket(room), network.dtype)
+            self.cache = shard_cache(network.model.base, fresh)
         elif self.cache.capacity < used + room:
             more = bucket(used + room) - self.cache.capacity
             grow = lambda x, axis: jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)])  # noqa: E731
             c = self.cache
-            self.cache = Cache(k=grow(c.k, 2), v=grow(c.v, 2), valid=grow(c.valid, 1), length=c.length)
+            grown = Cache(k=grow(c.k, 2), v=grow(c.v, 2), valid=grow(c.valid, 1), length=c.length)
+            self.cache = shard_cache(network.model.base, grown)
 
 
 def check_prompts(network: Network, rows: list[list[int]], lengths: list[int], room: int) -> None:

@@ -19,7 +19,7 @@ from mlfs_jax.checkpoint import Checkpoints  # noqa: E402
 from mlfs_jax.distill import DistillConfig, init_projection  # noqa: E402
 from mlfs_jax.lora import lora_axes  # noqa: E402
 from mlfs_jax.model import abstract  # noqa: E402
-from mlfs_jax.sharding import sharding_of  # noqa: E402
+from mlfs_jax.sharding import shard_cache, sharding_of  # noqa: E402
 from mlfs_jax.supernet import Supernet, state_places  # noqa: E402
 from tests.mlfs.tiny import random_lora, tiny_decoder, tiny_tokens  # noqa: E402
 
@@ -114,6 +114,18 @@ def most_bytes(work):
         sys.setprofile(None)
 
 
+def generated() -> dict:
+    """Whether the tokens are those of one device, and the share of the cache on the first device, new and used."""
+    prompts, config, tokens, shares = [[5, 9, 7], [4], [8, 3], [6, 6, 6, 6]], mlfs.GenerateConfig(8), [], []
+    mesh = mlfs.make_mesh("fsdp=4,tensor=2")
+    for base in (MODEL.base, mlfs.shard_base(mesh, MODEL.base)):
+        session = mlfs.Session()
+        tokens.append(mlfs.generate(MODEL.replace(base=base), prompts, config, session=session).tokens)
+    for cache in (shard_cache(base, mlfs.init_cache(MODEL.config, 4, 16)), session.cache):
+        shares.append(bytes_here((cache.k, cache.v)) / (cache.k.nbytes + cache.v.nbytes))
+    return {"same": tokens[0] == tokens[1], "shares": shares}
+
+
 def moved(folder: str) -> dict:
     """Adapters saved on one mesh and restored onto another: whether they are the same, and lie as asked."""
     lora = random_lora(MODEL)
@@ -143,6 +155,7 @@ if __name__ == "__main__":
     names = ("losses", "compiles", "nbytes")
     report = {name: dict(zip(names, losses(*run), strict=True)) for name, run in runs.items()}
     report["flops"] = {str(spec): forward_flops(spec) for spec in (None, "data=8", "fsdp=8")}
+    report["generated"] = generated()
     report["loaded"] = loaded(sys.argv[1])
     report["moved"] = moved(f"{sys.argv[1]}/checkpoints")
     report["whole"] = sum(x.nbytes for x in jax.tree.leaves(MODEL.base))

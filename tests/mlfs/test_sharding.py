@@ -51,6 +51,11 @@ def test_neither_loading_nor_exporting_gathers_the_model_on_one_device(report):
     assert loaded["exporting"] <= whole / 8 * 1.05
 
 
+def test_generation_on_a_mesh(report):
+    assert report["generated"]["same"]
+    assert report["generated"]["shares"] == [1 / 8, 1 / 8]  # of texts and of key-value heads
+
+
 def test_a_checkpoint_is_restored_onto_another_mesh(report):
     assert report["moved"] == {"same": True, "placed": True}
 

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -78,6 +80,22 @@ def test_stopped_after_any_step_the_run_continues_bit_by_bit(config, tmp_path, m
             stops += 1
     assert stops == 2
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_on_a_mesh_the_losses_are_those_of_one_device(config, tmp_path):
+    fit(config, tmp_path / "one", console=QUIET)
+    flags = f"--model {config.model} --task {config.task} --steps 6 --learning-rate 1e-2 --batch-size 8 --start random"
+    flags += " --max-length 16 --buckets 16 --gate.steps 50 --mesh fsdp=2"
+    flags += " --side.width 8 --side.every 2 --side.heads 2 --side.mlp 6 --save-every 2"
+    done = subprocess.run(
+        [sys.executable, "-m", "spa_jax.cli", "fit", *flags.split(), "--out", str(tmp_path / "two")],
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "2"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = ([row["loss"] for row in contents(tmp_path / name)[0]] for name in ("one", "two"))
+    np.testing.assert_allclose(one, two, rtol=1e-5)
     again = fit(config, tmp_path / "whole", console=QUIET)  # a finished run is left as it is
     assert again.config == config.anywhere()
 
