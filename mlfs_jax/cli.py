@@ -142,7 +142,7 @@ def _fit_from(chosen: str, args: Sequence[str] = ()):
     ) -> int:
         """Train a palette: stage 0 the maxnet, stage 1 widths, stage 2 widths and depths.
 
-        Stop it any time with Ctrl-C; the same command goes on where it was.
+        Stop it any time with Ctrl-C or SIGTERM (exit code 0); the same command goes on where it was.
 
         Args:
             out: folder of the run; new, empty, or holding the same run.
@@ -156,8 +156,8 @@ def _fit_from(chosen: str, args: Sequence[str] = ()):
         if hosts.several() and not processes.inside():
             return processes.supervise([sys.executable, "-m", "mlfs_jax.cli", "fit", *args])
         with hosts.joined() if hosts.several() else contextlib.nullcontext():
-            done = train(config, out, mesh=None if mesh is None else make_mesh(mesh))
-        return 0 if done is not None else 130
+            train(config, out, mesh=None if mesh is None else make_mesh(mesh))
+        return 0
 
     return fit
 

@@ -14,15 +14,12 @@ import errno
 import fcntl
 import json
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mlfs_jax.errors import RunError
-from mlfs_jax.hosts import by_writer, reached_stop, same_everywhere, several
+from mlfs_jax.hosts import by_writer, same_everywhere
 
 FORMAT = 1
 _RUN, _METRICS, _RESULT, _LOCK = "run.json", "metrics.jsonl", "result.json", ".lock"
@@ -231,63 +228,6 @@ class Run:
                 raise RunError(f"{path}, line {number} is damaged: {e}. Delete that line to go on") from e
             lines.append((row, raw))
         return lines
-
-
-class Preemption:
-    """Whether somebody asked this process to stop; true from the first SIGTERM or SIGINT on."""
-
-    def __init__(self):
-        self.signal: str | None = None  # "SIGTERM" or "SIGINT"
-
-    def __bool__(self) -> bool:
-        return self.signal is not None
-
-    def at(self, step: int) -> bool:
-        """Whether to stop after this step, to be asked once for each; of several processes all get the same answer."""
-        if reached_stop(step):
-            self.signal = "SIGTERM"
-        return bool(self)
-
-
-@contextlib.contextmanager
-def preemption() -> Iterator[Preemption]:
-    """The first SIGTERM or Ctrl-C only sets a flag, to be polled at each step; the second really interrupts.
-
-        with preemption() as stop:
-            for step in ...:
-                ...
-                if stop:
-                    checkpoints.save(step, state); break
-
-    Outside the main thread Python handles no signals: the flag then stays false. Of several processes, the one that
-    is asked tells the others: jax listens for SIGTERM and finds the step that none of them has passed.
-    """
-    stop = Preemption()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before: dict[int, Any] = {}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-
-    def asked(number: int, _frame: Any) -> None:
-        restore()
-        if several():
-            os.kill(os.getpid(), signal.SIGTERM)
-        else:
-            stop.signal = signal.Signals(number).name
-
-    for number in (signal.SIGINT,) if several() else (signal.SIGTERM, signal.SIGINT):
-        before[number] = signal.getsignal(number)
-        # an ignored signal (nohup-like, background jobs of a shell) stays ignored
-        if before[number] != signal.SIG_IGN:
-            signal.signal(number, asked)
-    try:
-        yield stop
-    finally:
-        restore()
 
 
 def _as_json(value: Any) -> Any:

@@ -35,8 +35,9 @@ from mlfs_jax.hosts import decided, is_writer, same_everywhere, several
 from mlfs_jax.importance import Order, block_influence, importance_order, measure_importance, reorder, reorder_lora
 from mlfs_jax.lora import Lora, init_lora, load_lora, merge_lora, save_lora, stack_stages
 from mlfs_jax.model import Model, cast_base, forward
+from mlfs_jax.preemption import Preemption, preemption
 from mlfs_jax.registry import ENTRIES
-from mlfs_jax.run import Preemption, Run, preemption
+from mlfs_jax.run import Run
 from mlfs_jax.sharding import feed, make_mesh, put, shard_base, shard_lora, sharding_of
 from mlfs_jax.slicing import slice_subnet
 from mlfs_jax.stages import Stage, paper_stages
@@ -81,8 +82,8 @@ class FitConfig:
         execution: "sliced" runs each subnet at its true widths, "masked" at the supernet's with one compile for all.
         unroll: unroll the scan over layers: slower to compile, faster on a CPU where layers are small. The default does
             on a CPU up to 12 layers.
-        dtype: of the frozen base in training: "float32", or "bfloat16", in which the step then computes: half the
-            memory, and the matrix units of an accelerator. Adapters, optimizer and evaluation stay float32.
+        dtype: of the frozen base in training, in which the step then computes: "float32" or "bfloat16". Adapters,
+            optimizer and evaluation stay float32.
         remat: recompute each layer in the backward pass instead of keeping its activations: less memory, more time.
         max_length: tokens; longer texts are cut. The default is the task's.
         buckets: lengths that batches are padded to (each is one more compile of a step).
@@ -123,15 +124,14 @@ class FitConfig:
             raise ConfigError(
                 f"save_every = {self.save_every}, importance_examples = {self.importance_examples}: expected >= 1."
             )
-        if self.execution not in EXECUTIONS:
-            raise ConfigError(f"execution = {self.execution!r}: expected one of {', '.join(EXECUTIONS)}.")
+        for name, choices in (("execution", EXECUTIONS), ("dtype", DTYPES)):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name} = {getattr(self, name)!r}: expected one of {', '.join(choices)}.")
         if self.keep_layers not in KEEP_LAYERS or (self.keep_layers != "even" and not self.reorder):
             raise ConfigError(
                 f"keep_layers = {self.keep_layers!r} with reorder = {self.reorder}: expected 'even', or together with "
                 "reorder, which measures them, 'importance' or 'influence'."
             )
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype = {self.dtype!r}: expected one of {', '.join(DTYPES)}.")
         if self.batch_size < 1 or self.seed < 0:
             raise ConfigError(f"batch_size = {self.batch_size}, seed = {self.seed}: expected >= 1 and >= 0.")
         _ = self.stages  # their errors, now
@@ -253,7 +253,7 @@ def fit(
         mesh: devices to spread over, see :func:`mlfs_jax.make_mesh`; a run may go on with another one. Several
             processes (:mod:`mlfs_jax.hosts`) all call this; without a mesh each device has all weights.
 
-    Returns None when a SIGTERM or Ctrl-C ended it early (everything is saved; the same call goes on).
+    Returns None when SIGTERM ended it early; Ctrl-C raises KeyboardInterrupt. All is saved, and the same call goes on.
 
     Raises:
         RunError: ``out`` holds another run.
@@ -280,7 +280,7 @@ def fit(
                 continue
             lora = _train_stage(fitted, number, data["train"], run, stop, mesh, console)
             if lora is None:
-                console.print(f"stopped by {stop.signal}; the same command continues this run.")
+                stop.announce(console)
                 return None
             if number == 0 and config.reorder:
                 order = _measure_order(fitted, lora, data["train"])

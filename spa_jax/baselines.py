@@ -32,7 +32,8 @@ from mlfs_jax.distill import DistillConfig
 from mlfs_jax.errors import ConfigError
 from mlfs_jax.lora import init_lora, merge_lora
 from mlfs_jax.model import Model, abstract, forward
-from mlfs_jax.run import Run, preemption, write_atomic
+from mlfs_jax.preemption import preemption
+from mlfs_jax.run import Run, write_atomic
 from mlfs_jax.stages import Stage
 from mlfs_jax.supernet import TrainState
 from mlfs_jax.vocab import Hidden, lm_distill_loss, lm_loss
@@ -194,7 +195,7 @@ def fit_baseline(
 ) -> Baseline | None:
     """Train a baseline into the folder ``out``; continue there if it holds the same run, unfinished.
 
-    "lst" is ``fit`` with setting s3, and is not run here. Returns None when a signal ended it early.
+    "lst" is ``fit`` with setting s3, and is not run here. Returns None when a SIGTERM ended it early.
 
     Raises:
         RunError: ``out`` holds another run. MLFSError: a name, file or setting is wrong.
@@ -236,7 +237,7 @@ def fit_baseline(
             save_every=config.save_every,
         )
         if params is None:
-            console.print(f"stopped by {stop.signal}; the same command continues this run.")
+            stop.announce(console)
             return None
         flat = {jax.tree_util.keystr(p, simple=True, separator="/"): np.asarray(x) for p, x in _leaves(params)}
         write_atomic(run.path / WEIGHTS, safetensors.save(flat))

@@ -79,8 +79,8 @@ def _fit():
         from spa_jax.train import fit as train
         from spa_jax.train import fit_users
 
-        done = (fit_users if per_user else train)(config, out, mesh=None if mesh is None else make_mesh(mesh))
-        return 0 if done is not None else 130
+        (fit_users if per_user else train)(config, out, mesh=None if mesh is None else make_mesh(mesh))
+        return 0
 
     return fit
 
@@ -103,8 +103,11 @@ def _baseline():
         from spa_jax.baselines import fit_baseline
         from spa_jax.train import fit as train
 
-        done = train(config.fit_config, out) if config.method == "lst" else fit_baseline(config, out)
-        return 0 if done is not None else 130
+        if config.method == "lst":
+            train(config.fit_config, out)
+        else:
+            fit_baseline(config, out)
+        return 0
 
     return baseline
 

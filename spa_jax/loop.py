@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mlfs_jax.checkpoint import Checkpoints
-from mlfs_jax.run import Preemption, Run
+from mlfs_jax.preemption import Preemption
+from mlfs_jax.run import Run
 from mlfs_jax.sharding import put
 from mlfs_jax.supernet import TrainState
 

@@ -32,8 +32,9 @@ from mlfs_jax.errors import ConfigError
 from mlfs_jax.importance import Importance, measure_importance
 from mlfs_jax.model import Model
 from mlfs_jax.model import forward as forward_base
+from mlfs_jax.preemption import Preemption, preemption
 from mlfs_jax.registry import cache_dir
-from mlfs_jax.run import Preemption, Run, preemption
+from mlfs_jax.run import Run
 from mlfs_jax.sharding import feed, mesh_of, replicated, state_shardings
 from mlfs_jax.supernet import TrainState
 from mlfs_jax.vocab import CHUNK, Hidden, lm_loss
@@ -140,7 +141,7 @@ def fit(
         model: the base, if it is loaded already.
         mesh: devices to spread over, see :func:`mlfs_jax.make_mesh`; a run may go on with another one.
 
-    Returns None when a SIGTERM or Ctrl-C ended it early (everything is saved; the same call goes on).
+    Returns None when SIGTERM ended it early; Ctrl-C raises KeyboardInterrupt. All is saved, and the same call goes on.
 
     Raises:
         RunError: ``out`` holds another run.
@@ -163,7 +164,7 @@ def fit(
             return load_run(run.path, model=model)
         side = _train_side(config, model, for_side, run, stop, mesh, console)
         if side is None:
-            console.print(f"stopped by {stop.signal}; the same command continues this run.")
+            stop.announce(console)
             return None
         plugin, result = _finish(config, model, side, for_gate, data["validation"].subset(config.calibration_examples))
         save_plugin(run.path, plugin)
@@ -305,7 +306,7 @@ def fit_users(
 ) -> dict[str, Fitted] | None:
     """One plugin for each user of the task, over one base, each in a folder of its own under ``out``.
 
-    Returns None when a signal ended it early; the same call goes on.
+    Returns None when a SIGTERM ended it early; the same call goes on.
 
     Raises:
         ConfigError: the task has no users.

@@ -158,8 +158,8 @@ def test_flags_override_the_preset(monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr("mlfs_jax.train.fit", lambda config, out, mesh: seen.append(config))
     given = ["fit", "--model", "m", "--task", "t", "--out", str(tmp_path), "--rank", "3"]
-    assert main([*given, "--preset", "demo", "--steps", "7", "8", "9"]) == 130  # None: it was stopped
-    assert main([*given, "--preset=full", "--distill.tau", "3"]) == 130
+    assert main([*given, "--preset", "demo", "--steps", "7", "8", "9"]) == 0
+    assert main([*given, "--preset=full", "--distill.tau", "3"]) == 0
     demo, full = seen
     assert demo.steps == (7, 8, 9) and demo.rank == 3 and demo.max_length == PRESETS["demo"]["max_length"]
     assert full == FitConfig("m", "t", rank=3, distill=type(full.distill)(tau=3.0))
@@ -188,15 +188,16 @@ def test_interrupt(monkeypatch, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_stopped_fit_says_so_and_goes_on(fit_flags, tmp_path):
-    """A real process, stopped in its first stage: exit code 130, and the same command finishes the run."""
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_stopped_fit_says_so_and_goes_on(fit_flags, tmp_path, number, code):
+    """A real process, stopped in its first stage: all is saved, and the same command finishes the run."""
     command = [sys.executable, "-m", "mlfs_jax.cli", *fit_flags, "--out", str(tmp_path / "run")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lock = tmp_path / "run" / ".lock"
     while process.poll() is None and not lock.exists():
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     out, _ = process.communicate(timeout=120)
-    assert process.returncode == 130 and "the same command continues" in out, out
+    assert process.returncode == code and "the same command continues" in out, out
     assert main([*fit_flags, "--out", str(tmp_path / "run")]) == 0
     assert json.loads((tmp_path / "run" / "result.json").read_text())

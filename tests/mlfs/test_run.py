@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from mlfs_jax.errors import RunError
-from mlfs_jax.run import Run, preemption
+from mlfs_jax.preemption import preemption
+from mlfs_jax.run import Run
 
 CONFIG = {"model": "bert-tiny", "stages": [{"steps": 10}, {"steps": 20}], "optim": {"lr": 1e-3, "betas": (0.9, 0.999)}}
 
@@ -210,7 +211,8 @@ def test_outside_the_main_thread_the_flag_stays_false():
 
 TRAINER = """
 import sys, time
-from mlfs_jax.run import Run, preemption
+from mlfs_jax.preemption import preemption
+from mlfs_jax.run import Run
 with Run.create_or_resume(sys.argv[1], {"seed": 0}) as run, preemption() as stop:
     start = run.read_json("saved")["step"] if (run.path / "saved.json").exists() else 0
     run.rewind(start)
