@@ -7,7 +7,7 @@ Each command is a function whose signature tyro turns into flags. Commands impor
 import contextlib
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(command: str, args: list[str]) -> int:
     if command != "fetch" and not {"-h", "--help"} & set(args):
         set_up_jax()
-    function = COMMANDS[command]
+    function: Any = COMMANDS[command]
     if command == "fit":
         function = _fit_from(_preset(args), args)
     elif command == "generate":
@@ -126,7 +126,7 @@ def _preset(args: list[str]) -> str:
     return "full"
 
 
-def _fit_from(chosen: str, args: Sequence[str] = ()):
+def _fit_from(chosen: Any, args: Sequence[str] = ()):
     from mlfs_jax import hosts as processes
     from mlfs_jax.train import FitConfig
 
@@ -233,9 +233,9 @@ def export(
         print(f"{to}: adapter of rank {written.rank}, {written.params:,} parameters")
         return
     if to.suffix == ".gguf":
-        written = export_subnet_gguf(fitted, subnet, to, gguf_type)
-        print(f"{to}: {subnet}, {written.parameters:,} parameters, {written.nbytes / 1e6:.1f} MB")
-        for sentence in written.why:
+        file = export_subnet_gguf(fitted, subnet, to, gguf_type)
+        print(f"{to}: {subnet}, {file.parameters:,} parameters, {file.nbytes / 1e6:.1f} MB")
+        for sentence in file.why:
             print(f"  {sentence}")
         return
     report = export_subnet(fitted, subnet, to, run=run.absolute().name, palette=Palette.load(run))
@@ -298,6 +298,7 @@ def _generate_with():
         from mlfs_jax.sharding import make_mesh
 
         network, console = load_subnet(model, subnet, mesh=None if mesh is None else make_mesh(mesh)), Console()
+        pieces: Iterable[str]
         if config.beams > 1:
             pieces = generate_text(network, [prompt], config, chat=chat)
         else:

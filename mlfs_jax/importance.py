@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from mlfs_jax.backbone.tree import flatten, map_named
 from mlfs_jax.config import Config
@@ -54,8 +54,8 @@ class Order:
 
     def inverse(self) -> Order:
         """The order that undoes the move of this one."""
-        back = (np.argsort(axis, axis=-1) for axis in (self.embed, self.heads, self.mlp))
-        return Order(*back, layers=self.layers)
+        embed, heads, mlp = (np.argsort(axis, axis=-1) for axis in (self.embed, self.heads, self.mlp))
+        return Order(embed, heads, mlp, self.layers)
 
     def to_json(self) -> dict[str, list]:
         return {axis: getattr(self, axis).tolist() for axis in AXES}
@@ -66,7 +66,7 @@ class Order:
 
 
 def measure_importance(
-    model: Model, batches: Iterable[Mapping], loss: Callable[[nnx.State, Mapping], Float]
+    model: Model, batches: Iterable[Mapping], loss: Callable[[nnx.State, Mapping], Array]
 ) -> Importance:
     """Accumulate |w * dLoss/dw| over batches.
 
@@ -105,7 +105,7 @@ def importance_order(importance: Importance, config: Config) -> Order:
     slope comes from their place.
     """
     first = lambda scores: np.argsort(-scores, axis=-1, kind="stable").astype(np.int32)  # noqa: E731
-    order = {axis: first(getattr(importance, axis)) for axis in AXES}
+    order: dict[str, np.ndarray] = {axis: first(getattr(importance, axis)) for axis in AXES}
     L, N = importance.heads.shape
     if getattr(config, "alibi_heads", 0):
         order["heads"] = np.broadcast_to(np.arange(N, dtype=np.int32), (L, N))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mlfs_jax.backbone.tree import flatten
 from mlfs_jax.export import FILE as ORIGIN
@@ -54,7 +55,12 @@ def describe(thing: str) -> dict:
 
 def _describe_model(name: str, folder: Path) -> dict:
     model, report = load_checkpoint(folder)
-    described = {"kind": "model", "name": name, "folder": str(folder), "licence": licence_of(name, folder)}
+    described: dict[str, Any] = {
+        "kind": "model",
+        "name": name,
+        "folder": str(folder),
+        "licence": licence_of(name, folder),
+    }
     described |= _model(model)
     if report.dropped:
         described["other heads in the files"] = list(report.dropped)
@@ -175,7 +181,7 @@ def lines(described: Mapping, indent: str = "") -> Iterator[str]:
             yield f"{indent}{key!s:<{width}}  {_text(value)}"
 
 
-def _rows(records: list[Mapping]) -> Iterator[str]:
+def _rows(records: Sequence[Mapping]) -> Iterator[str]:
     columns = list(dict.fromkeys(key for record in records for key in record))
     cells = [[_text(record.get(column, "")) for column in columns] for record in records]
     widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]

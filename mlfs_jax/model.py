@@ -48,12 +48,19 @@ class Model:
         return self.replace(base=cast_base(self.base, dtype))
 
     @property
+    def decoder(self) -> DecoderConfig:
+        """The config of a language model; raises ConfigError for an encoder."""
+        if not isinstance(self.config, DecoderConfig):
+            raise ConfigError(f"{self.name} is an encoder ({self.config.family}): a decoder is needed here.")
+        return self.config
+
+    @property
     def num_params(self) -> int:
         return sum(leaf[...].size for leaf in flatten(self.base).values())
 
 
 def _network(config: Config, rngs: nnx.Rngs) -> Encoder | Decoder:
-    return (Decoder if isinstance(config, DecoderConfig) else Encoder)(config, rngs=rngs)
+    return Decoder(config, rngs=rngs) if isinstance(config, DecoderConfig) else Encoder(config, rngs=rngs)
 
 
 @lru_cache(maxsize=256)
@@ -144,7 +151,8 @@ def forward(
     Raises:
         ConfigError: the adapter names a weight that the model does not have.
     """
-    pairs, deltas = {}, {}
+    pairs: dict[str, Mapping] = {}
+    deltas: dict[str, Array] = {}
     for site, entry in (lora or {}).items():
         if "a" in entry:
             pairs[site] = entry

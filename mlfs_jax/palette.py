@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
+from mlfs_jax.config import Config
 from mlfs_jax.data.encode import Encoded
 from mlfs_jax.errors import ConfigError, RunError, unknown
 from mlfs_jax.evaluate import evaluate, evaluate_completions
@@ -136,7 +137,7 @@ class Palette:
         table.add_column("layers×heads\n·mlp·embed", no_wrap=True)
         times = (f"batch {size}\n[ms]" for size in self.rows[0].latency_ms)
         decoding = tuple(f"batch {size}\n[tok/s]" for size in self.rows[0].tokens_per_s)
-        quality = ("score", "loss") if self.rows[0].perplexity is None else (self.metric, "loss")
+        quality: tuple[str, ...] = ("score", "loss") if self.rows[0].perplexity is None else (self.metric, "loss")
         if self.metric != "perplexity" and self.rows[0].perplexity is not None:
             quality += ("perpl.",)
         for column in ("params\n[M]", "body\n[M]", "as HF\n[M]", "GFLOP", *times, *decoding, *quality):

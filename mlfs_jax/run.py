@@ -12,6 +12,7 @@ import contextlib
 import datetime
 import errno
 import fcntl
+import io
 import json
 import os
 import sys
@@ -42,7 +43,8 @@ class Run:
     def __init__(self, path: Path, info: dict, *, lock: int | None, resumed: bool, follows: bool = False):
         self.path, self.config, self.resumed = path, info["config"], resumed
         self.version, self.created = info.get("version", "unknown"), info.get("created", "unknown")
-        self._lock, self._log, self._follows = lock, None, follows
+        self._lock, self._follows = lock, follows
+        self._log: io.FileIO | None = None
 
     @classmethod
     def create_or_resume(cls, path: str | os.PathLike, config: dict) -> "Run":

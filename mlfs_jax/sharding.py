@@ -151,8 +151,9 @@ def state_shardings(mesh: Mesh, optimizer: optax.GradientTransformation, params:
         axes: names of its leaves' axes, in a tree of the same structure.
     """
     names = jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple))
-    leaves, structure = jax.tree.flatten(params)
-    places = structure.unflatten([sharding_of(mesh, a, x.shape) for a, x in zip(names, leaves, strict=True)])
+    leaves, structure = jax.tree.leaves(params), jax.tree.structure(params)
+    at = [sharding_of(mesh, a, x.shape) for a, x in zip(names, leaves, strict=True)]
+    places = jax.tree.unflatten(structure, at)
     moments = optax.tree_utils.tree_map_params(
         optimizer,
         lambda _, place: place,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,7 @@ def slice_config(config: Config, subnet: Subnet) -> Config:
             f"heads = {subnet.heads}: queries are normed over all heads together here, so a sliced model needs the "
             "same number in every layer."
         )
-    sizes = kept_widths(config, subnet.embed, max(subnet.heads), max(subnet.mlp))
+    sizes: dict[str, Any] = kept_widths(config, subnet.embed, max(subnet.heads), max(subnet.mlp))
     if isinstance(config, DecoderConfig) and config.windows:
         sizes["windows"] = tuple(config.windows[i] for i in subnet.layers)
     return config.replace(**sizes, layers=subnet.depth)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import optax
@@ -86,7 +87,7 @@ def paper_stages(
     """
     if not 1 <= len(steps) <= len(SAMPLES):
         raise ConfigError(f"steps = {steps}: expected the number of steps of 1 to {len(SAMPLES)} stages.")
-    settings = {"learning_rate": learning_rate, "rank": rank, "random_subnets": random_subnets}
+    settings: dict[str, Any] = {"learning_rate": learning_rate, "rank": rank, "random_subnets": random_subnets}
     for name, setting in settings.items():
         settings[name] = setting if isinstance(setting, tuple) else (setting,) * len(steps)
         if len(settings[name]) != len(steps):

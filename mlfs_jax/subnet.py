@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +59,10 @@ class Subnet:
     @classmethod
     def from_json(cls, saved: Mapping) -> Subnet:
         """What ``dataclasses.asdict`` gave, after a trip through JSON."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()
+        }
+        return cls(**fields)
 
 
 def check_fits(config: Config, subnet: Subnet) -> None:

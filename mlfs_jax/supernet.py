@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ from mlfs_jax.slicing import slice_base, slice_config, slice_lora, slice_mask
 from mlfs_jax.subnet import Subnet, kept_size, make_mask, maxnet
 from mlfs_jax.vocab import Hidden, lm_distill_loss, lm_loss
 
-Params = dict
+Params = dict[str, Any]
 EXECUTIONS = ("sliced", "masked")
 
 

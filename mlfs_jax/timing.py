@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from mlfs_jax.backbone.cache import init_cache
-from mlfs_jax.config import Config
+from mlfs_jax.config import Config, DecoderConfig
 from mlfs_jax.model import Model, abstract, forward
 
 LEAST_ROUNDS, MOST_ROUNDS = 5, 50
@@ -39,8 +39,8 @@ def count_flops(config: Config, length: int) -> int:
     """
 
     def flops(layers: int) -> float:
-        windows = {"windows": config.windows[:layers]} if getattr(config, "windows", ()) else {}
-        graphdef, base = abstract(config.replace(layers=layers, **windows))
+        cut = {"windows": config.windows[:layers]} if isinstance(config, DecoderConfig) and config.windows else {}
+        graphdef, base = abstract(config.replace(layers=layers, **cut))
         ids = jax.ShapeDtypeStruct((1, length), np.int32)
         lowered = forward.lower(graphdef, base, _inputs(config, ids), unroll=True)
         cost = lowered.compile().cost_analysis() or lowered.cost_analysis()  # not every backend counts what it compiled
@@ -61,7 +61,7 @@ def compile_decode(model: Model, size: int, length: int) -> Callable[[], object]
 
     All slots are attended to, so that is the cost of the last token of a text of that length.
     """
-    cache, unroll = init_cache(model.config, size, length), model.config.layers <= UNROLLED
+    cache, unroll = init_cache(model.decoder, size, length), model.config.layers <= UNROLLED
     batch = jax.device_put({"input_ids": np.ones((size, 1), np.int32)})
     compiled = forward.lower(model.graphdef, model.base, batch, cache=cache, unroll=unroll).compile()
     return lambda: jax.block_until_ready(compiled(model.base, batch, cache=cache).logits)

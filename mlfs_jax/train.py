@@ -12,6 +12,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -155,8 +156,9 @@ class FitConfig:
         place = None if mesh is None else partial(sharding_of, mesh)
         if task.is_language:
             return from_pretrained(self.model, head="lm", sharding=place)
-        head = {"head": "sequence", "labels": task.num_labels, "problem": task.problem}
-        return from_pretrained(self.model, **head, key=self.seed, sharding=place)
+        return from_pretrained(
+            self.model, head="sequence", labels=task.num_labels, problem=task.problem, key=self.seed, sharding=place
+        )
 
     def load_data(self, task: Task, model: Model) -> dict[str, Encoded]:
         """The task, encoded by the tokenizer in the model's folder."""
@@ -206,7 +208,8 @@ def load_run(path: str | Path, *, finished: bool = False, mesh: Mesh | None = No
     run = Run.open(path, finished=finished)
     saved = {name: value for name, value in run.config.items() if name != "data"}
     saved["distill"] = DistillConfig(**saved["distill"])
-    config = FitConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+    config = FitConfig(**fields)
     task = config.get_task()
     return _assemble(run, config, task, config.load_model(task, mesh))
 

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from rich.table import Table
 
-from mlfs_jax.config import Config
+from mlfs_jax.config import Config, EncoderConfig
 from mlfs_jax.data.batches import pad
 from mlfs_jax.data.encode import encode_for
 from mlfs_jax.errors import SubnetError
@@ -153,7 +153,7 @@ def random_batch(config: Config, rows: int, width: int, seed: int) -> dict[str, 
     lengths = np.where(np.arange(rows) % 2, rng.integers(1, width + 1, rows), width)
     real = np.arange(width) < lengths[:, None]
     batch = {"input_ids": np.where(real, ids, config.pad_token_id), "attention_mask": real}
-    if getattr(config, "type_vocab", 0) > 1:
+    if isinstance(config, EncoderConfig) and config.type_vocab > 1:
         batch["token_type_ids"] = np.where(real, rng.integers(config.type_vocab, size=ids.shape), 0)
     return {name: value.astype(np.int32) for name, value in batch.items()}
 

@@ -115,7 +115,7 @@ def sum_over_chunks(
     if frozen:
         return _frozen_sum(loss, states, aux, shared)
     once = jax.checkpoint(loss)
-    return jax.lax.scan(lambda total, xs: (total + once(*xs, shared), None), 0.0, (states, aux))[0]
+    return jax.lax.scan(lambda total, xs: (total + once(*xs, shared), None), jnp.zeros(()), (states, aux))[0]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

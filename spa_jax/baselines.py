@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -123,8 +124,8 @@ def budget(config: BaselineConfig, model: Model) -> int:
     """How many parameters to train."""
     if config.params is not None:
         return config.params
-    side = SideConfig().resolve(model.config)
-    return sum(leaf.size for leaf in flatten(abstract_net(side, model.config)[1]).values())
+    side = SideConfig().resolve(model.decoder)
+    return sum(leaf.size for leaf in flatten(abstract_net(side, model.decoder)[1]).values())
 
 
 def _nearest(count: Callable[[int], int], wanted: int) -> int:
@@ -143,8 +144,8 @@ def init_params(config: BaselineConfig, model: Model) -> dict:
         return init_lora(key, model, rank=_nearest(size, wanted))
     if config.method in ADAPTERS:
         kind = ADAPTERS[config.method]
-        return init_adapters(key, model.config, kind, _nearest(partial(count_adapters, model.config, kind), wanted))
-    layers = np.linspace(0, model.config.layers - 1, config.unique).round().astype(int)
+        return init_adapters(key, model.decoder, kind, _nearest(partial(count_adapters, model.decoder, kind), wanted))
+    layers = np.linspace(0, model.decoder.layers - 1, config.unique).round().astype(int)
     stacked = {name: leaf[...] for name, leaf in flatten(model.base).items() if name.startswith(f"{STACKED}.")}
     return {name: x[layers] for name, x in stacked.items()}
 
@@ -160,7 +161,7 @@ def apply(config: BaselineConfig, model: Model, params: Mapping) -> Model:
 
 def shared_model(config: BaselineConfig, model: Model, params: Mapping) -> Model:
     """The small model unrolled: each of its layers ``repeats`` times in a row."""
-    small = model.config.replace(layers=config.unique * config.repeats, windows=())
+    small = model.decoder.replace(layers=config.unique * config.repeats, windows=())
     graphdef, state = abstract(small)
     weights = {name: leaf[...] for name, leaf in flatten(model.base).items()}
     weights |= {name: jnp.repeat(x, config.repeats, 0) for name, x in params.items()}
@@ -263,7 +264,8 @@ def load_baseline(path: str | Path, *, model: Model | None = None) -> Baseline:
     """Open a finished baseline run; ``model`` is the base, if it is loaded already."""
     run = Run.open(path, finished=True)
     saved = {name: value for name, value in run.config.items() if name != "data"}
-    config = BaselineConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+    config = BaselineConfig(**fields)
     shared = config.fit_config
     model = model or shared.load_model()
     train = shared.load_data(shared.get_task(), model)["train"]

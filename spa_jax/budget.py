@@ -35,7 +35,8 @@ class Pace:
         self.exchange_ms: float | None = None
         self.credit_ms = 0.0
         self._probabilities: deque[float] = deque(maxlen=REMEMBERED)
-        self._since, self._cloud_ms = 0, None
+        self._since = 0
+        self._cloud_ms: float | None = None
 
     @property
     def usage(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from mlfs_jax.data.encode import Encoded
@@ -40,7 +41,7 @@ def written_curve(
             threshold=plugin.threshold_for(usage),
             beams=beams,
             batch_size=batch_size,
-            advance=lambda doing, usage=usage: advance(f"usage {usage:g}, {doing}"),
+            advance=partial(lambda usage, doing: advance(f"usage {usage:g}, {doing}"), usage),
         )
         points.append({"wanted": float(usage), **found})
     return points

@@ -14,7 +14,7 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidSta
 
 from mlfs_jax.errors import ConfigError
 from spa_jax.errors import NetworkError, WireError
-from spa_jax.wire import FROM_CLOUD, Bye, Error, Hello, Message, Welcome, decode, encode
+from spa_jax.wire import FROM_CLOUD, Bye, Error, Hello, M, Message, Welcome, decode, encode
 
 HOPELESS = ("auth", "protocol", "bad-frame", "too-large", "model", "plugin", "too-long", "tls")
 """Errors that trying again does not mend."""
@@ -176,7 +176,7 @@ class Channel:
             self.stats.waiting += time.perf_counter() - begin
         self.stats.bytes_up += len(data)
 
-    async def receive(self, allowed: tuple[type, ...], timeout: float | None = None) -> Message:
+    async def receive(self, allowed: tuple[type[M], ...], timeout: float | None = None) -> M:
         timeout, begin = timeout or self.config.reply_s, time.perf_counter()
         try:
             data = await asyncio.wait_for(self._connection.recv(), timeout)
@@ -197,7 +197,7 @@ class Channel:
                 await asyncio.wait_for(connection.send(encode(Error(error.code, str(error)[:1000]))), 1)
                 await asyncio.wait_for(connection.close(1008, error.code), 1)
 
-    def _understand(self, data: bytes, allowed: tuple[type, ...]) -> Message:
+    def _understand(self, data: str | bytes, allowed: tuple[type[M], ...]) -> M:
         """The message. Raises NetworkError or Lost for one that is an error, WireError for one that cannot be."""
         message = decode(data, FROM_CLOUD, frame_bytes=self.terms.frame_bytes)
         if isinstance(message, Error):
@@ -206,9 +206,7 @@ class Channel:
             raise Lost(f"the server says ({message.code}): {message.message}", message.code)
         if isinstance(message, Bye):
             raise Lost("the server said goodbye.", "closing")
-        if not isinstance(message, allowed):
-            decode(data, allowed)
-        return message
+        return message if isinstance(message, allowed) else decode(data, allowed)  # which says what was expected
 
     async def _broken(self, error: ConnectionClosed) -> Exception:
         """What a broken connection means; the server's last words, if there are any, say it best."""

@@ -7,6 +7,7 @@ Each command is a function whose signature tyro turns into flags. Commands impor
 import logging
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -159,7 +160,7 @@ def evaluate(
                 beams=beams,
                 limit=limit,
                 batch_size=batch_size,
-                advance=lambda doing, name=folder.name: advance(f"{name}: {doing}"),
+                advance=partial(lambda name, doing: advance(f"{name}: {doing}"), folder.name),
             )
     if json:
         print_json(results if folders is users else results[run.name])

@@ -136,9 +136,9 @@ def _head(plugin, place: str, base) -> dict | None:
     from spa_jax.device_model import head_names
 
     model = from_pretrained(base)
-    plugin.check(model.config, model.base)
+    plugin.check(model.decoder, model.base)
     weights = flatten(model.base)
-    return {name: weights[name][...] for name in head_names(model.config)}
+    return {name: weights[name][...] for name in head_names(model.decoder)}
 
 
 def _fallback(name: str):

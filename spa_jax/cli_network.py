@@ -155,13 +155,13 @@ def latency(
 
             advance("measuring the model's own times")
             fitted = load_run(plugin)
-            side, backbone = fitted.plugin.side, fitted.model.config
+            side, backbone = fitted.plugin.side, fitted.model.decoder
             attention = (backbone.heads + backbone.kv_heads) * backbone.head_dim
             shape = Shape(backbone.embed, backbone.layers, len(side.tapped) + 1, side.config.width, attention)
             if cloud_ms is None or device_ms is None:
                 found = constants(fitted.model, fitted.plugin)
                 cloud_ms, device_ms = cloud_ms or found[0], device_ms or found[1]
-        times = {
+        times: dict[str, Any] = {
             "cloud_ms": 30.0 if cloud_ms is None else cloud_ms,
             "device_ms": 5.0 if device_ms is None else device_ms,
         }
@@ -244,7 +244,8 @@ def calibrate(
         cost = lambda usage: cloud_ms + usage * exchange  # noqa: E731
         points = [(cost(point["usage"]), point["loss"]) for point in plugin.calibration]
         losses = sorted((point["usage"], point["loss"]) for point in plugin.calibration)
-        loss = float(np.interp(usage, *map(list, zip(*losses, strict=True))))
+        usages, held = zip(*losses, strict=True)
+        loss = float(np.interp(usage, usages, held))
         plot_budget(points, (cost(usage), loss), link, png)
     if json:
         print_json(result)

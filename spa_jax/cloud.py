@@ -84,7 +84,9 @@ class Slots:
     """The engine's slots: free, in use, or kept for an idle session until another needs it."""
 
     def __init__(self, count: int, metrics: Metrics):
-        self.free, self.idle, self._waiting = list(range(count)), {}, deque()
+        self.free = list(range(count))
+        self.idle: dict[Session, bool] = {}
+        self._waiting: deque = deque()
         self.metrics = metrics
 
     async def acquire(self, timeout: float) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,7 @@ class DecoderCloud:
         Raises:
             ConfigError: a context that the positions of the model do not reach, or sizes below 1.
         """
-        config = model.config
+        config = model.decoder
         if min(slots, context, chunk) < 1:
             raise ConfigError(f"slots = {slots}, context = {context}, chunk = {chunk}: expected at least 1 of each.")
         if config.positions == "learned" and context > config.max_positions:
@@ -159,7 +160,7 @@ def _clear(cache: Cache, gates: Float[Array, "B rows 2"], slot, gate):
 @partial(jax.jit, static_argnames="graphdef", donate_argnames=("cache", "hidden"))
 def _extend(graphdef: nnx.GraphDef, base, gates, cache: Cache, hidden, slot, count, tokens: Int[Array, " T"]):
     """A chunk, padded on the right, in one slot; the padding leaves no trace."""
-    axes = Cache(k=1, v=1, valid=0, length=0)
+    axes: Any = Cache(1, 1, 0, 0)  # type: ignore[arg-type]  # a tree of slots' axes
     row = jax.tree.map(lambda x, axis: jax.lax.dynamic_slice_in_dim(x, slot, 1, axis), cache, axes)
     real = jnp.arange(len(tokens)) < count
     out, taps = _forward(graphdef, base, row, tokens[None], real[None])

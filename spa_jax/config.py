@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import optax
@@ -140,7 +141,7 @@ class FitConfig:
 
 def from_json(saved: Mapping) -> FitConfig:
     """A FitConfig after a trip through JSON (run.json)."""
-    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
     return FitConfig(**fields | {"side": SideConfig(**fields["side"]), "gate": GateConfig(**fields["gate"])})
 
 

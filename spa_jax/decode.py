@@ -181,7 +181,7 @@ def generate(
     stop, limit = network.stop(config.stop_tokens), config.max_new_tokens
     check_prompts(network, rows, [0] * len(rows), limit)
     B, width, room = len(rows), bucket(max(len(row) for row in rows) - 1), bucket(limit)
-    memory = Memory(init_cache(model.config, B, width + room, network.dtype), init_side_cache(side, B, width + room))
+    memory = Memory(init_cache(model.decoder, B, width + room, network.dtype), init_side_cache(side, B, width + room))
     which = (model.graphdef, model.base, side, setting, jnp.float32(threshold))
     if width:
         tokens, real = left_pad([row[:-1] for row in rows], width, model.config.pad_token_id)
@@ -194,10 +194,10 @@ def generate(
     else:
         out = _greedy(*which, memory, first, **common)
     out = np.asarray(out)
-    tokens, finished = cut_at_end(out, stop)
+    written, finished = cut_at_end(out, stop)
     read = np.concatenate([first[:, None], out[:, :-1]], 1)
     p, sigma, differs = _trace(*which, memory, np.maximum(read, 0), out >= 0)
-    lists = lambda x: [row[: len(new)].tolist() for row, new in zip(np.asarray(x), tokens, strict=True)]  # noqa: E731
+    lists = lambda x: [row[: len(new)].tolist() for row, new in zip(np.asarray(x), written, strict=True)]  # noqa: E731
     shown = [new[:-1] if ended else new for new, ended in zip(tokens, finished, strict=True)]
     return SideGenerated(shown, np.asarray(finished), lists(sigma), lists(differs), lists(p))
 
@@ -261,7 +261,7 @@ class Split:
         threshold: float = 0.5,
     ):
         self.model, self.side, self.setting, self.threshold = model, side, Setting.parse(setting), threshold
-        self.cache = init_cache(model.config, batch, capacity)
+        self.cache = init_cache(model.decoder, batch, capacity)
         self.mailbox = Mailbox(side.config.memory, batch)
         self.side_cache = init_side_cache(side, batch, 2 * bucket(capacity))  # a frame's padding needs room, too
         self.round_trips, self.sent = np.zeros(batch, int), np.zeros(batch, int)
@@ -281,7 +281,7 @@ class Split:
         cloud = cloud_step(graphdef, base, gate, self.cache, batch, tapped=self.side.tapped)
         self.cache = cloud.cache
         if sigma is None:
-            sigma = choose(np.asarray(cloud.gate), self.threshold if self.setting.gated else 0.0)
+            sigma = np.asarray(choose(cloud.gate, self.threshold if self.setting.gated else 0.0))
         self.mailbox.add(cloud.frame, sigma)
         due = np.asarray(sigma)[:, -1] & np.asarray(real)[:, -1]
         f = cloud.hidden[:, -1:]

@@ -200,7 +200,7 @@ class Device:
             await channel.send(Resume(np.asarray(self.history, np.int32), self._seen, left, text.stop))
         self._live, used = False, False  # until the text is whole
         while True:
-            message = await channel.receive((Taps, Token))
+            message: Taps | Token = await channel.receive((Taps, Token))
             if isinstance(message, Token):
                 self._check(message.token < channel.welcome.vocab, "token.token is not in the vocabulary")
                 token, told = message.token, message.end

@@ -171,10 +171,10 @@ def in_int8(net: Mapping[str, Array]) -> dict[str, Array]:
         if not name.endswith("kernel"):
             small[name] = jnp.asarray(x)
             continue
-        x = np.asarray(x, np.float32)
-        stacked = tuple(range(1, x.ndim - 1)) if x.ndim > 2 else (0,)  # each layer has its own scales
-        scale = np.maximum(np.abs(x).max(stacked, keepdims=True), 1e-12) / 127
-        small |= {f"{name}.q": jnp.asarray(np.rint(x / scale), jnp.int8), f"{name}.scale8": jnp.asarray(scale)}
+        kernel = np.asarray(x, np.float32)
+        stacked = tuple(range(1, kernel.ndim - 1)) if kernel.ndim > 2 else (0,)  # each layer has its own scales
+        scale = np.maximum(np.abs(kernel).max(stacked, keepdims=True), 1e-12) / 127
+        small |= {f"{name}.q": jnp.asarray(np.rint(kernel / scale), jnp.int8), f"{name}.scale8": jnp.asarray(scale)}
     return small
 
 

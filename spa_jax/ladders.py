@@ -10,10 +10,11 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Bool, Int
 
 from mlfs_jax.data.batches import BUCKETS, eval_batches
 from mlfs_jax.data.encoded import Encoded
@@ -42,11 +43,14 @@ class LadderCache:
         TapCacheError: it would be larger than the bound, or the folder is of something else.
     """
 
+    taps: np.ndarray
+    hidden: np.ndarray
+
     def __init__(
         self,
         model: Model,
         encoded: Encoded,
-        rows: Sequence[int],
+        rows: Sequence[int] | np.ndarray,
         tapped: tuple[int, ...],
         *,
         limit_gb: float,
@@ -90,7 +94,7 @@ class LadderCache:
                     f"{folder} holds the taps of another base, other data or other layers: delete it, or name another "
                     "folder."
                 )
-            mode = "r+" if known else "w+"
+            mode: Literal["r+", "w+"] = "r+" if known else "w+"
             self.taps = np.memmap(folder / "taps.f16", np.float16, mode, shape=shapes["taps"])
             self.hidden = np.memmap(folder / "hidden.f32", np.float32, mode, shape=shapes["hidden"])
             if known is None:
@@ -133,8 +137,9 @@ class LadderCache:
         return True
 
     def _flush(self) -> None:
-        self.taps.flush()
-        self.hidden.flush()
+        for kept in (self.taps, self.hidden):
+            assert isinstance(kept, np.memmap)
+            kept.flush()
         np.save(self.folder / "filled.tmp.npy", self.filled)
         (self.folder / "filled.tmp.npy").replace(self.folder / "filled.npy")
 
@@ -157,5 +162,5 @@ def _offsets(lengths: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(lengths)])
 
 
-def _tokens(batch: Mapping[str, Array]) -> dict[str, Array]:
+def _tokens(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {name: batch[name] for name in ("input_ids", "attention_mask")}

@@ -57,9 +57,9 @@ def compare(
     for link in links:
         for method in ways:
             advance(f"{method.name}: {link.rtt_ms:g} ms, {link.bandwidth_mb_s:g} MB/s")
-            costs = {"cloud_ms": cloud_ms, "device_ms": device_ms}
-            measured = asyncio.run(measure(method, link, tokens=tokens, **costs))
-            rows.append(Row(method.name, link, predict(method, link, **costs), measured))
+            predicted = predict(method, link, cloud_ms=cloud_ms, device_ms=device_ms)
+            measured = asyncio.run(measure(method, link, tokens=tokens, cloud_ms=cloud_ms, device_ms=device_ms))
+            rows.append(Row(method.name, link, predicted, measured))
     return rows
 
 
@@ -200,15 +200,20 @@ def plot(rows: Sequence[Row], file: Path) -> Path:
     from matplotlib import pyplot as plt
 
     links = list(dict.fromkeys(row.link for row in rows))
-    figure, panels = plt.subplots(1, len(links), figsize=(3.6 * len(links), 3.4), squeeze=False)
+    wide = min(3, len(links))
+    high = -(-len(links) // wide)
+    figure, grid = plt.subplots(high, wide, figsize=(3.6 * wide, 0.3 + 3.1 * high), squeeze=False)
+    panels = grid.ravel()[: len(links)]
+    for empty in grid.ravel()[len(links) :]:
+        empty.set_axis_off()
     colours = dict(zip(PARTS, ("#4c72b0", "#55a868", "#c44e52"), strict=True))
-    for panel, link in zip(panels[0], links, strict=True):
+    for panel, link in zip(panels, links, strict=True):
         here = [row for row in rows if row.link == link]
         for side, name, shade in ((-0.2, "predicted", 0.55), (0.2, "measured", 1.0)):
             bottom = np.zeros(len(here))
             for part in PARTS:
                 height = np.array([max(getattr(getattr(row, name), part), 0) for row in here])
-                label = f"{part}, {name}" if panel is panels[0][0] else None
+                label = f"{part}, {name}" if panel is panels[0] else None
                 panel.bar(
                     np.arange(len(here)) + side, height, 0.38, bottom, color=colours[part], alpha=shade, label=label
                 )
@@ -216,9 +221,10 @@ def plot(rows: Sequence[Row], file: Path) -> Path:
         panel.set_xticks(range(len(here)), [row.method for row in here], rotation=25, ha="right")
         panel.set_title(f"{link.rtt_ms:g} ms, {link.bandwidth_mb_s:g} MB/s", fontsize=10)
         panel.set_yscale("symlog", linthresh=10)
-    panels[0][0].set_ylabel("ms a token")
-    figure.legend(loc="upper center", ncol=6, fontsize=7, frameon=False)
-    figure.tight_layout(rect=(0, 0, 1, 0.93))
+    for first in grid[:, 0]:
+        first.set_ylabel("ms a token")
+    figure.legend(loc="upper center", ncol=3, fontsize=7, frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 / (0.3 + 3.1 * high)))
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
     plt.close(figure)

@@ -193,7 +193,9 @@ class Proxy:
         """
         self.target, self.link = target, link or Link()
         self.cut, self.stall, self.capture = set(cut), stall, capture
-        self.traffic, self.captured = Traffic(), []
+        self.traffic = Traffic()
+        self.captured: list[tuple[str, bytes]] = []
+        self._far: dict[ServerConnection, ClientConnection] = {}
         self._random = random.Random(seed)
         self._pairs: set[tuple[ServerConnection, ClientConnection]] = set()
 
@@ -225,7 +227,7 @@ class Proxy:
         await asyncio.sleep(self.link.rtt_ms / 1e3)
         headers = {"Authorization": value} if (value := request.headers.get("Authorization")) else {}
         try:
-            near.far = await connect(
+            self._far[near] = await connect(
                 self.target + request.path,
                 additional_headers=headers,
                 max_size=None,
@@ -242,11 +244,12 @@ class Proxy:
             return near.respond(502, f"the server cannot be reached: {error}\n")
 
     async def _handle(self, near: ServerConnection) -> None:
-        pair = near, near.far
+        far = self._far.pop(near)
+        pair = near, far
         self._pairs.add(pair)
         pumps = [
-            asyncio.create_task(self._pump(near, near.far, "up")),
-            asyncio.create_task(self._pump(near.far, near, "down")),
+            asyncio.create_task(self._pump(near, far, "up")),
+            asyncio.create_task(self._pump(far, near, "down")),
         ]
         try:
             await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
@@ -257,11 +260,12 @@ class Proxy:
             for pump in pumps:
                 pump.cancel()
             await asyncio.gather(*pumps, return_exceptions=True)
-            _abort(near.far)
+            _abort(far)
 
     async def _pump(self, source, sink, way: str) -> None:
         """Hand on messages in order, each when it would have arrived; then the way the connection was closed."""
-        loop, queue = asyncio.get_running_loop(), asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        queue: asyncio.Queue[tuple[float, bytes | None]] = asyncio.Queue()
         deliver = asyncio.create_task(self._deliver(queue, source, sink))
         free = last = loop.time()
         try:

@@ -102,7 +102,8 @@ class Plugin:
         if usage in (0, 1):
             return NEVER if usage == 0 else ALWAYS
         known = sorted((point["usage"], min(point["threshold"], 1.0)) for point in self.calibration)
-        return float(np.interp(usage, *map(list, zip(*known, strict=True))))
+        usages, thresholds = zip(*known, strict=True)
+        return float(np.interp(usage, usages, thresholds))
 
     def check(self, config: DecoderConfig, base: Any = None, tokenizer: str | Path | None = None) -> Plugin:
         """The plugin itself, if it was made for this base (and the tokenizer in this folder).
@@ -192,7 +193,7 @@ def load_plugin(folder: str | Path) -> Plugin:
 
 def decoder_config(saved: Mapping[str, Any]) -> DecoderConfig:
     """A DecoderConfig after a trip through JSON."""
-    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
     for name, kind in (("rope", Rope), ("local_rope", Rope), ("latent", Latent)):
         if fields.get(name) is not None:
             fields[name] = kind(**fields[name])

@@ -11,6 +11,7 @@ from enum import StrEnum
 from functools import partial
 
 import jax
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from mlfs_jax.errors import unknown
@@ -58,9 +59,9 @@ class Frame:
         projected: Down has been applied, in the cloud.
     """
 
-    taps: Float[Array, "n B T D"]
-    positions: Int[Array, "B T"]
-    real: Bool[Array, "B T"]
+    taps: Float[Array | np.ndarray, "n B T D"]
+    positions: Int[Array | np.ndarray, "B T"]
+    real: Bool[Array | np.ndarray, "B T"]
     projected: bool = False
 
     def replace(self, **changes) -> Frame:

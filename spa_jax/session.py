@@ -19,6 +19,7 @@ from spa_jax.wire import (
     Bye,
     Error,
     Hello,
+    M,
     Message,
     Prefill,
     Resume,
@@ -53,7 +54,7 @@ class Waiting:
         self.positions: list[int] = []
         self.taps: list[np.ndarray] = []  # [n + 1, 1, ...] each
 
-    def add(self, first: int, taps: np.ndarray, sigma: Sequence[bool], seen: int) -> None:
+    def add(self, first: int, taps: np.ndarray, sigma: Sequence[bool] | np.ndarray, seen: int) -> None:
         """Keep what the policy keeps of T positions from ``first`` on, those below ``seen`` left out."""
         T = taps.shape[1]
         keep = [t for t in range(T) if first + t >= seen and (self.memory != "sparse" or sigma[t])]
@@ -121,7 +122,7 @@ class Session:
         self._down += len(data)
         self.metrics.add("bytes_total", len(data), direction="down")
 
-    async def receive(self, allowed: tuple[type, ...], timeout: float) -> Message:
+    async def receive(self, allowed: tuple[type[M], ...], timeout: float) -> M:
         """The next message; raises Refused when it is an error, and EOFError when it is a goodbye."""
         data = await asyncio.wait_for(self.connection.recv(), timeout)
         self._up += len(data)
@@ -131,9 +132,7 @@ class Session:
             raise EOFError
         if isinstance(message, Error):
             raise Refused(message.code, "the device gave up.")
-        if not isinstance(message, allowed):
-            decode(data, allowed)  # says what was expected
-        return message
+        return message if isinstance(message, allowed) else decode(data, allowed)  # which says what was expected
 
     async def say_error(self, code: str, message: str) -> None:
         """Tell the device, if it still listens, and close."""
@@ -176,7 +175,8 @@ class Session:
         self.gated = terms.setting in ("s2", "spa")
         self.pace = Pace(terms.budget) if self.gated and terms.budget is not None else None
         self.waiting = Waiting(terms.memory, terms.coding)
-        self.length, self.unread = 0, []
+        self.length = 0
+        self.unread: list[int] = []
         model, config = self.model, self.config
         await self.send(
             Welcome(
@@ -195,7 +195,9 @@ class Session:
         self.doing = "waiting for a prompt"
         if self.slot is not None:
             self.slots.idle[self] = True
-        listening = asyncio.ensure_future(self.receive((Prefill, Resume), self.config.linger_s))
+        listening: asyncio.Future[Prefill | Resume] = asyncio.ensure_future(
+            self.receive((Prefill, Resume), self.config.linger_s)
+        )
         try:
             done, _ = await asyncio.wait([listening], timeout=self.config.idle_s)
             if not done and self in self.slots.idle:
@@ -240,7 +242,7 @@ class Session:
             return
         if resumed or self.slot is None:
             await self._take_slot()
-        tokens, seen = [*self.unread, *request.tokens.tolist()], request.seen if resumed else 0
+        tokens, seen = [*self.unread, *request.tokens.tolist()], request.seen if isinstance(request, Resume) else 0
         if max(tokens) >= self.model.vocab:
             raise WireError(f"tokens: expected ids below {self.model.vocab}, the size of the vocabulary.")
         if seen >= len(tokens) and resumed:
@@ -309,14 +311,14 @@ class Session:
         for i, (positions, taps) in enumerate(parts):
             due = i == len(parts) - 1
             await self.send(Taps(positions, due, taps, read.hidden if due and at_device else None))
-        answer = await self.receive((Step if at_device else SideState,), self.config.reply_s)
+        answer: Step | SideState = await self.receive((Step if at_device else SideState,), self.config.reply_s)
         if answer.position != last:
             raise WireError(f"an answer for position {answer.position}: expected one for {last}.")
         if self.pace is not None:
             self.pace.exchanged(1e3 * (time.perf_counter() - begin))
         self._exchanges += 1
         self.metrics.observe("exchange_seconds", time.perf_counter() - begin)
-        if at_device:
+        if isinstance(answer, Step):
             if answer.token >= self.model.vocab:
                 raise WireError(f"step.token: expected an id below {self.model.vocab}, the size of the vocabulary.")
             return answer.token, True

@@ -147,12 +147,13 @@ class SideContext(Context):
     """Who sees whom among the positions that reached the side network, which may have holes."""
 
     def __init__(self, config: DecoderConfig, frame: Frame, cache: SideCache | None, seen: Bool[Array, "B T"] | None):
-        self.positions = frame.positions
-        self.at, self.valid, key_positions = None, frame.real, frame.positions
+        positions, real = jnp.asarray(frame.positions), jnp.asarray(frame.real)
+        self.positions = key_positions = positions
+        self.at, self.valid = None, real
         if cache is not None:
             self.at = cache.length
-            self.valid = write(cache.valid, frame.real, cache.length)
-            key_positions = write(cache.positions, frame.positions, cache.length)
+            self.valid = write(cache.valid, real, cache.length)
+            key_positions = write(cache.positions, positions, cache.length)
         self.key_positions = key_positions
         self.distance = self.positions[..., None] - key_positions[:, None]
         self.visible = self.valid[:, None] & (self.distance >= 0)
@@ -161,7 +162,7 @@ class SideContext(Context):
         self.ropes = [rope_tables(rope, self.positions) for rope in (config.rope, config.local_rope) if rope]
         self.bias = None
         if config.positions == "alibi":
-            slopes = alibi_slopes(config.alibi_heads)[: config.heads]
+            slopes = jnp.asarray(alibi_slopes(config.alibi_heads)[: config.heads])
             self.bias = -slopes[:, None, None] * self.distance[:, None]
 
 
@@ -196,7 +197,7 @@ class Ladder(nnx.Module):
         if cache is not None:
             T = frame.real.shape[1]
             used = jnp.where(frame.real, jnp.arange(1, T + 1), 0).max(1)  # padding behind the last token takes no slot
-            cache = SideCache(*kv, context.valid, context.key_positions, cache.length + used)
+            cache = SideCache(kv[0], kv[1], context.valid, context.key_positions, cache.length + used)
         return self.norm(h), cache
 
 
@@ -222,7 +223,7 @@ class Plugin(nnx.Module):
         self.layers = AdapterBlock(config, layers, rngs=rngs)
         self.up = Linear(narrow, wide, rngs=rngs)
 
-    def run(self, frame: Frame, cache: None, seen, unroll: bool) -> tuple[Float[Array, "B T d"], None]:
+    def run(self, frame: Frame, cache: SideCache | None, seen, unroll: bool) -> tuple[Float[Array, "B T d"], None]:
         block_def, stacked = nnx.split(self.layers)
 
         def layer(h, scanned):

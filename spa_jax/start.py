@@ -85,7 +85,7 @@ def _random_net(key: Array, config: SideConfig, backbone: DecoderConfig) -> dict
 
 def slice_backbone(model: Model, config: SideConfig, importance: Importance) -> dict[str, Array]:
     """The most important part of every tapped layer as side blocks, the Downs that select its channels, the norm."""
-    backbone = model.config
+    backbone = model.decoder
     keep = best_units(config, backbone, importance)
     blocks = block_config(config, backbone)
     cut = {}

@@ -123,7 +123,7 @@ def load_run(path: str | Path, *, model: Model | None = None) -> Fitted:
     run = Run.open(path, finished=True)
     config = from_json({name: value for name, value in run.config.items() if name != "data"})
     model = model or config.load_model()
-    plugin = load_plugin(run.path).check(model.config, model.base, model.source)
+    plugin = load_plugin(run.path).check(model.decoder, model.base, model.source)
     return Fitted(config, model, plugin)
 
 
@@ -152,7 +152,7 @@ def fit(
     task = config.get_task()
     model = model or config.load_model(mesh)
     mesh = mesh_of(model.base)
-    config.side.resolve(model.config)  # what is wrong is said before the folder is made
+    config.side.resolve(model.decoder)  # what is wrong is said before the folder is made
     data = config.load_data(task, model)
     for_side, for_gate = config.split(data["train"])
     if not len(for_side):
@@ -187,7 +187,7 @@ def _train_side(
     started = Checkpoints(run.checkpoints).latest() is not None  # a start that is replaced need not be measured
     importance = importance_of(config, model, train) if config.sliced and not started else None
     side = init_side(
-        root, model.config, config.side, setting=setting, model=model if importance else None, importance=importance
+        root, model.decoder, config.side, setting=setting, model=model if importance else None, importance=importance
     )
     batches = Batches(train, min(config.batch_size, len(train)), seed=config.seed, buckets=config.buckets)
     cache = None
@@ -224,7 +224,7 @@ def _fill_cache(config, model, side, train, batches, run, stop, console) -> Ladd
     rows = np.arange(len(train))
     if config.steps < batches.epoch_steps:  # what the last batch of an epoch leaves out, the next epoch may take
         rows = np.concatenate([batches.rows(i) for i in range(config.steps)])
-    base = base_fingerprint(model.config, model.base)
+    base = base_fingerprint(model.decoder, model.base)
     cache = LadderCache(
         model,
         train,
@@ -243,7 +243,7 @@ def _fill_cache(config, model, side, train, batches, run, stop, console) -> Ladd
 def importance_of(config: FitConfig, model: Model, train: Encoded) -> Importance:
     """Importance of the backbone's units for this task; measured once for each base and data, then kept."""
     part = train.subset(config.importance_examples)
-    name = base_fingerprint(model.config, model.base)[:16] + fingerprint({"train": part})[:16]
+    name = base_fingerprint(model.decoder, model.base)[:16] + fingerprint({"train": part})[:16]
     file = cache_dir() / "importance" / f"{name}.npz"
     if file.exists():
         with np.load(file) as saved:
@@ -272,7 +272,7 @@ def _finish(
     plugin = Plugin(
         side=side,
         setting=setting,
-        base=base_fingerprint(model.config, model.base),
+        base=base_fingerprint(model.decoder, model.base),
         tokenizer=tokenizer_fingerprint(model.source),
         threshold=ALWAYS,
         model=model.name,

@@ -9,7 +9,7 @@ small multiple of what it was given.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import msgpack
 import numpy as np
@@ -175,13 +175,14 @@ class Bye:
     """Either: I close the connection, all is well."""
 
 
-MESSAGES = (Hello, Welcome, Prefill, Resume, Taps, SideState, Step, Token, Error, Bye)
-"""A message's place is its type on the wire."""
-FROM_DEVICE = (Hello, Prefill, Resume, SideState, Step, Error, Bye)
-FROM_CLOUD = (Welcome, Taps, Token, Error, Bye)
-
 Message = Hello | Welcome | Prefill | Resume | Taps | SideState | Step | Token | Error | Bye
-_KINDS = {
+M = TypeVar("M", bound=Message)
+
+MESSAGES: tuple[type[Message], ...] = (Hello, Welcome, Prefill, Resume, Taps, SideState, Step, Token, Error, Bye)
+"""A message's place is its type on the wire."""
+FROM_DEVICE: tuple[type[Message], ...] = (Hello, Prefill, Resume, SideState, Step, Error, Bye)
+FROM_CLOUD: tuple[type[Message], ...] = (Welcome, Taps, Token, Error, Bye)
+_KINDS: dict[type, list[tuple[str, Any]]] = {
     cls: [(part, hint.__metadata__[0]) for part, hint in get_type_hints(cls, include_extras=True).items()]
     for cls in MESSAGES
 }
@@ -208,7 +209,12 @@ def encode(message: Message, coding: str = "fp32") -> bytes:
     return msgpack.packb([VERSION, MESSAGES.index(cls), *parts])
 
 
-def decode(data: bytes, allowed: tuple[type, ...] = MESSAGES, *, frame_bytes: int = FRAME_BYTES) -> Message:
+def decode(
+    data: str | bytes,
+    allowed: tuple[type[M], ...] = MESSAGES,  # type: ignore[assignment]  # which is M when nothing else is said
+    *,
+    frame_bytes: int = FRAME_BYTES,
+) -> M:
     """The message in a frame.
 
     Args:
@@ -248,7 +254,7 @@ def decode(data: bytes, allowed: tuple[type, ...] = MESSAGES, *, frame_bytes: in
     if not known or MESSAGES[number] not in allowed:
         got = name(MESSAGES[number]) if known else f"type {describe(number)}"
         raise WireError(f"expected a frame of {', '.join(map(name, allowed))}, got {got}.")
-    cls = MESSAGES[number]
+    cls: type[M] = next(one for one in allowed if one is MESSAGES[number])
     kinds = _KINDS[cls]
     if len(values) != len(kinds):
         names = ", ".join(part for part, _ in kinds) or "none"

@@ -38,9 +38,9 @@ class Context:
         self.visible: Bool[Array, "B T S"] = causal & self.valid[:, None]
         self.distance: Int[Array, "B T S"] = self.positions[..., None] - key_positions[:, None]
         self.ropes = [rope_tables(rope, self.positions) for rope in (config.rope, config.local_rope) if rope]
-        self.bias = None
+        self.bias: Float[Array, "B N T S"] | None = None
         if config.positions == "alibi":
-            slopes = alibi_slopes(config.alibi_heads)[: config.heads]
+            slopes = jnp.asarray(alibi_slopes(config.alibi_heads)[: config.heads])
             self.bias = -slopes[:, None, None] * self.distance[:, None]
 
     def visible_within(self, window: Int[Array, ""] | None) -> Bool[Array, "B T S"]:
@@ -304,7 +304,7 @@ class Decoder(nnx.Module):
         )
         x, (tapped, kv) = jax.lax.scan(layer, x, scanned, unroll=config.layers if unroll else 1)
         if cache is not None:
-            cache = Cache(*kv, valid=context.valid, length=cache.length + tokens.shape[1])
+            cache = Cache(kv[0], kv[1], context.valid, cache.length + tokens.shape[1])
         x = x if self.norm is None else self.norm(x, keep)
         return Output(
             logits=self.head(x, under(lora, "head"), self.embed.tokens) if logits and self.head is not None else None,

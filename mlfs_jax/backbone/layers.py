@@ -7,6 +7,7 @@ subnet masks, slicing, export and sharding look at: a new architecture declares 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ def _gelu_forward(x):
 
 gelu.defvjp(_gelu_forward, lambda slope, dy: (dy * slope,))
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": gelu,
     "gelu_new": jax.nn.gelu,
     "gelu_pytorch_tanh": jax.nn.gelu,
@@ -137,7 +138,7 @@ class Norm(nnx.Module):
 
     def __call__(self, x: Float[Array, "... D"], keep: Float[Array, "..."] | None = None) -> Float[Array, "... D"]:
         dtype, x, axes = x.dtype, x.astype(jnp.float32), tuple(range(-len(self.sizes), 0))
-        count = math.prod(self.sizes)
+        count: int | Array = math.prod(self.sizes)
         if keep is not None:
             keep = jnp.broadcast_to(keep, self.sizes).astype(jnp.float32)
             count, x = keep.sum(), x * keep

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +68,7 @@ def flatten(base: nnx.State) -> dict[str, nnx.Param]:
     return {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(base)}
 
 
-def map_named(f: Callable[[str, nnx.Param], Array], base: nnx.State) -> nnx.State:
+def map_named(f: Callable[[str, nnx.Param], Any], base: nnx.State) -> nnx.State:
     """A base of the same structure and axes whose leaf ``name`` holds ``f(name, param)``."""
     flat = nnx.to_flat_state(base)
     return nnx.from_flat_state([(path, leaf.replace(f(".".join(map(str, path)), leaf))) for path, leaf in flat])

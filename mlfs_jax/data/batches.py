@@ -15,7 +15,9 @@ def buckets_up_to(max_length: int, buckets: Sequence[int] = BUCKETS) -> tuple[in
     return (*sorted(b for b in set(buckets) if b < max_length), max_length)
 
 
-def pad(encoded: Encoded, rows: Sequence[int], width: int, *, prompts: bool = False) -> dict[str, np.ndarray]:
+def pad(
+    encoded: Encoded, rows: Sequence[int] | np.ndarray, width: int, *, prompts: bool = False
+) -> dict[str, np.ndarray]:
     """The examples `rows` as int32 arrays [rows, width], filled up on the right, and what their loss needs.
 
     That is labels [rows] (int32 or float32); for language, loss_mask float32 [rows, width]: 1 where the token is to

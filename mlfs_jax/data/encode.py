@@ -22,9 +22,8 @@ def encode(examples: Examples, model_dir: str | Path, max_length: int) -> Encode
     check_length(config, max_length)
     tokenizer = load_tokenizer(model_dir)
     tokenizer.enable_truncation(max_length)
-    inputs = list(examples.texts)
-    if examples.pairs is not None:
-        inputs = list(zip(inputs, examples.pairs, strict=True))
+    texts, pairs = examples.texts, examples.pairs
+    inputs: list = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
     with_types = config.get("type_vocab_size", 0) > 1
     lengths, ids, types = [], [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
     for start in range(0, len(inputs), CHUNK):

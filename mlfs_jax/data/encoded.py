@@ -43,11 +43,11 @@ class Encoded:
         """Tokens of each example, special tokens included."""
         return np.diff(self.offsets)
 
-    def take(self, rows: Sequence[int]) -> "Encoded":
+    def take(self, rows: Sequence[int] | np.ndarray) -> "Encoded":
         """The examples at these row numbers, in this order."""
         rows = np.asarray(rows, np.int64)
         where = np.concatenate([np.arange(self.offsets[i], self.offsets[i + 1]) for i in rows])
-        columns = {name: getattr(self, name) for name in ("references", "users")}
+        of = lambda column: None if column is None else tuple(column[i] for i in rows)  # noqa: E731
         return replace(
             self,
             ids=self.ids[where],
@@ -55,7 +55,8 @@ class Encoded:
             offsets=np.concatenate([[0], np.cumsum(self.lengths[rows])]),
             labels=None if self.labels is None else self.labels[rows],
             starts=None if self.starts is None else self.starts[rows],
-            **{name: None if column is None else tuple(column[i] for i in rows) for name, column in columns.items()},
+            references=of(self.references),
+            users=of(self.users),
         )
 
     def subset(self, n: int, seed: int = 0) -> "Encoded":

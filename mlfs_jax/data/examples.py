@@ -32,7 +32,7 @@ class Examples:
     def __len__(self) -> int:
         return len(self.texts)
 
-    def take(self, rows: Sequence[int]) -> "Examples":
+    def take(self, rows: Sequence[int] | np.ndarray) -> "Examples":
         """The examples at these row numbers, in this order."""
 
         def of(column):

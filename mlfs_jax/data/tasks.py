@@ -11,8 +11,8 @@ from mlfs_jax import metrics, registry
 from mlfs_jax.data import files, text_files
 from mlfs_jax.data.examples import Examples, split_by_hash
 from mlfs_jax.data.glue import GLUE, read_glue
-from mlfs_jax.data.language import LANGUAGE
-from mlfs_jax.data.prompted_sets import PROMPTED_SETS, read_prompted
+from mlfs_jax.data.language import LANGUAGE, LanguageSpec
+from mlfs_jax.data.prompted_sets import PROMPTED_SETS, PromptedSet, read_prompted
 from mlfs_jax.errors import ConfigError, DataError, unknown
 
 __all__ = ["Examples", "Task", "get_task", "task_names"]
@@ -152,9 +152,10 @@ def get_task(
 
 
 def _language_task(name: str, data_dir: str | Path | None) -> Task:
+    spec: LanguageSpec | PromptedSet
     if name in LANGUAGE:
-        spec = LANGUAGE[name]
-        problem, read = spec.problem, spec.read
+        spec = known = LANGUAGE[name]
+        problem, read = known.problem, known.read
     else:
         spec = PROMPTED_SETS[name]
         problem, read = "seq2seq", lambda: read_prompted(name, data_dir)

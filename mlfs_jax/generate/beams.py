@@ -19,7 +19,7 @@ class Beams(NamedTuple):
     """K open and K ended hypotheses of each of B texts, best first; M columns of tokens, -1 where there is none."""
 
     state: State
-    count: Int[Array, ""]
+    length: Int[Array, ""]
     open: Int[Array, "B K M"]
     open_scores: Float[Array, "B K"]  # sums of log-probabilities
     ended: Int[Array, "B K M"]
@@ -29,8 +29,8 @@ class Beams(NamedTuple):
 
     def last(self, first: Int[Array, " B"]) -> Int[Array, " BK"]:
         """The last token of every open hypothesis."""
-        last = jax.lax.dynamic_index_in_dim(self.open, jnp.maximum(self.count - 1, 0), 2, keepdims=False)
-        return jnp.where(self.count == 0, first[:, None], last).reshape(-1)
+        last = jax.lax.dynamic_index_in_dim(self.open, jnp.maximum(self.length - 1, 0), 2, keepdims=False)
+        return jnp.where(self.length == 0, first[:, None], last).reshape(-1)
 
 
 def beam_search(
@@ -63,20 +63,20 @@ def beam_search(
     gather = lambda x, at: jnp.take_along_axis(x, at.reshape(*at.shape, *(1,) * (x.ndim - 2)), 1)  # noqa: E731
 
     def unfinished(beams: Beams):
-        return (beams.count < limit) & beams.improvable.any()
+        return (beams.length < limit) & beams.improvable.any()
 
     def body(beams: Beams) -> Beams:
         logits, state = step(beams.state, beams.last(first), jnp.ones(B * K, bool))
         V = logits.shape[-1]
         logprobs = jax.nn.log_softmax(logits.astype(jnp.float32)).reshape(B, K, V) + beams.open_scores[..., None]
-        length = beams.count + 1
+        length = beams.length + 1
         weight = length.astype(jnp.float32) ** length_penalty
 
         def extend(logprobs) -> tuple:
             """The K best continuations: scores, which beams they continue, tokens."""
             scores, at = jax.lax.top_k(logprobs.reshape(B, K * V), K)
             parent, token = at // V, (at % V).astype(jnp.int32)
-            grown = jax.lax.dynamic_update_index_in_dim(gather(beams.open, parent), token, beams.count, 2)
+            grown = jax.lax.dynamic_update_index_in_dim(gather(beams.open, parent), token, beams.length, 2)
             return scores, parent, token, grown
 
         scores, _, token, grown = extend(logprobs)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,7 @@ class Network:
     model: Model
     lora: Mapping[str, dict] | None = None
     subnet: Subnet | Mask | None = None
+    mask: Mask | None = field(init=False, repr=False)
 
     def __post_init__(self):
         config = self.model.config
@@ -67,7 +69,7 @@ class Network:
 
     def stop(self, tokens: tuple[int, ...] | None) -> Bool[np.ndarray, " V"]:
         """Which tokens end a text; None: the model's own."""
-        config = self.model.config
+        config = self.model.decoder
         tokens = config.eos_token_ids if tokens is None else tokens
         strange = [token for token in tokens if not 0 <= token < config.vocab_size]
         if strange:
@@ -77,9 +79,11 @@ class Network:
 
 def _same(a, b) -> bool:
     """Whether two trees hold the same arrays, or equal ones; equal ones are compared only where it must be."""
-    (a, a_def), (b, b_def) = jax.tree.flatten(a), jax.tree.flatten(b)
+    structure: Callable[..., Any] = jax.tree.structure  # whose result no checker knows
+    same = structure(a) == structure(b)
+    a, b = jax.tree.leaves(a), jax.tree.leaves(b)
     equal = lambda x, y: x is y or (x.shape == y.shape and x.dtype == y.dtype and np.array_equal(x, y))  # noqa: E731
-    return a_def == b_def and all(equal(x, y) for x, y in zip(a, b, strict=True))
+    return same and all(equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def _step(graphdef: nnx.GraphDef, base: nnx.State, lora, mask: Mask | None) -> Step:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from mlfs_jax.model import Model
 from mlfs_jax.sharding import shard_cache
 from mlfs_jax.subnet import Subnet
 
-Prompts = Sequence[Sequence[int]] | Mapping[str, Array]
+Prompts = Sequence[Sequence[int]] | Mapping[str, Any]
 
 SMALLEST = 16
 """Tokens in the smallest length bucket; the others are twice as long, each."""
@@ -97,7 +98,7 @@ class Session:
 
     def _make_room(self, network: Network, batch: int, used: int, room: int) -> None:
         if self.cache is None:
-            fresh = init_cache(network.model.config, batch, used + bucket(room), network.dtype)
+            fresh = init_cache(network.model.decoder, batch, used + bucket(room), network.dtype)
             self.cache = shard_cache(network.model.base, fresh)
         elif self.cache.capacity < used + room:
             more = bucket(used + room) - self.cache.capacity

@@ -80,7 +80,7 @@ def _as_chats(model: Model, texts: Sequence[str]) -> list[str]:
     if not tokenizer.chat_template:
         raise DataError(f"{model.source} has no chat template: it is no chat model; give it the whole prompt instead.")
     chats = ([{"role": "user", "content": text}] for text in texts)
-    return [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+    return [str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)) for chat in chats]
 
 
 def _decode(tokenizer, prompt: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mlfs_jax.backbone.layers import ACTIVATIONS
 from mlfs_jax.config import Config, DecoderConfig, EncoderConfig
 from mlfs_jax.errors import ConfigError, unknown
 from mlfs_jax.hf.families import FAMILIES, NOT_NATIVE
-from mlfs_jax.hf.table import DecoderFamily, EncoderFamily, Family
+from mlfs_jax.hf.table import DecoderFamily, EncoderFamily
 
 # Switches of their configs that change the function; what is listed is the only value that is built here.
 _ONLY = {
@@ -28,7 +29,7 @@ _ONLY_DECODERS = {
 }
 
 
-def family_of(hf: Mapping) -> Family:
+def family_of(hf: Mapping) -> EncoderFamily | DecoderFamily:
     """The table for a config.json.
 
     Raises:
@@ -70,8 +71,9 @@ def from_hf(
         ConfigError: it needs something that is not built here; the message names the entry.
     """
     family = family_of(hf)
-    decoder = isinstance(family, DecoderFamily)
-    rules = _ONLY_DECODERS | {e: (v, "another is not built") for e, v in family.only.items()} if decoder else _ONLY
+    rules = _ONLY
+    if isinstance(family, DecoderFamily):
+        rules = _ONLY_DECODERS | {e: (v, "another is not built") for e, v in family.only.items()}
     for entry, (only, why) in rules.items():
         if (hf.get(entry) or only) != only:
             raise ConfigError(f"{entry} = {hf[entry]!r} in config.json: only {only!r} works here; {why}.")
@@ -85,7 +87,7 @@ def from_hf(
             )
     if head not in family.heads:
         raise ConfigError(f"head = {head!r}: expected one of {', '.join(family.heads)}.")
-    if decoder:
+    if isinstance(family, DecoderFamily):
         if labels is not None or problem is not None:
             raise ConfigError(
                 f"labels = {labels}, problem = {problem!r}: the head of a {family.name} decoder has none."
@@ -100,7 +102,7 @@ def _encoder(
     if head == "mlm" and not hf.get("tie_word_embeddings", True):
         raise ConfigError("tie_word_embeddings = false in config.json: the mlm head here uses the token table itself.")
 
-    values = {}
+    values: dict[str, Any] = {}
     for ours, (theirs, default) in family.fields.items():
         values[ours] = hf[theirs] if hf.get(theirs) is not None else default
     values |= family.implied(values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from mlfs_jax.backbone.layers import ACTIVATIONS
 from mlfs_jax.config import DecoderConfig, Rope
@@ -92,7 +93,7 @@ def read_rope(hf: Mapping, values: Mapping, *, partial: float | None = None, hea
     share = get("partial_rotary_factor", hf.get("partial_rotary_factor", partial))
     if partial is None and share not in (None, 1):
         raise ConfigError(f"partial_rotary_factor = {share} in config.json: this family rotates whole heads.")
-    rope = {
+    rope: dict[str, Any] = {
         "theta": float(get("rope_theta", theta)),
         "dim": int((head_dim or values["head_dim"]) * (1 if share is None else share)),
         "interleaved": interleaved,

@@ -167,7 +167,7 @@ def _write_weights(folder: Path, config: Config, weights: dict[str, np.ndarray],
             total += size
     many = len(shards) > 1
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if many else SINGLE for i in range(len(shards))]
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for file, shard in zip(names, shards, strict=True):
         turned = {n: slots[n].to_theirs(weights) for n in {n for n, _ in shard}}
         tensors = {slots[n].keys[i]: turned[n][i] for n, i in shard}

@@ -12,6 +12,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -54,7 +55,7 @@ class GGUFFile:
     """
 
     path: Path
-    metadata: dict[str, object]
+    metadata: dict[str, Any]
     tensors: dict[str, GGUFTensor]
     header: bytes
 
@@ -106,7 +107,7 @@ def _parse(path: Path, data: mmap.mmap, size: int) -> GGUFFile:
             "again with a current llama.cpp."
         )
     counts = cursor.take("Q"), cursor.take("Q")
-    metadata: dict[str, object] = {}
+    metadata: dict[str, Any] = {}
     for _ in range(counts[1]):
         key = cursor.string()
         if key in metadata:

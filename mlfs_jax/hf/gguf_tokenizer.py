@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -65,7 +66,7 @@ SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "sep"
 """Hugging Face's name of a special token -> the GGUF's."""
 
 
-def tokenizer_files(meta: dict[str, object], path: Path) -> dict[str, dict]:
+def tokenizer_files(meta: dict[str, Any], path: Path) -> dict[str, dict]:
     """tokenizer.json and tokenizer_config.json of a GGUF's metadata.
 
     Raises:
@@ -286,7 +287,8 @@ def _sentencepiece_metadata(spec: dict, merges, tokens: list[str], types: list[i
     for i, token in enumerate(tokens):
         if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
             types[i] = BYTE
-    meta = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": "default", "tokenizer.ggml.scores": scores}
+    meta: dict[str, Any] = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": "default"}
+    meta["tokenizer.ggml.scores"] = scores
     if spec["model"].get("unk_token") in ids:
         unknown = ids[spec["model"]["unk_token"]]
         types[unknown] = UNKNOWN

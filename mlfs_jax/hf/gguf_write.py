@@ -101,8 +101,8 @@ def export_gguf(
         "general.file_type": FILE_TYPES[dtype],
         "general.quantization_version": 2,
         MARK: 1,
-        **shape_metadata(model.config, arch),
-        **tokenizer_metadata(folder, model.config),
+        **shape_metadata(model.decoder, arch),
+        **tokenizer_metadata(folder, model.decoder),
     }
     plan = _plan(model, dtype, values_f16)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -201,10 +201,10 @@ def _check_free(path: Path) -> None:
 
 def _plan(model: Model, dtype: str, values_f16: bool) -> dict[str, tuple[tuple[int, ...], str]]:
     """Tensor -> (shape, type), in the order of the file: that of :func:`_contents`."""
-    plan = {}
-    if model.config.rope.scaling == "llama3":
-        plan[ROPE_FREQS] = ((model.config.rope.dim // 2,), "F32")
-    values_f16 = values_f16 and model.config.kv_heads < model.config.heads
+    plan: dict[str, tuple[tuple[int, ...], str]] = {}
+    if model.decoder.rope.scaling == "llama3":
+        plan[ROPE_FREQS] = ((model.decoder.rope.dim // 2,), "F32")
+    values_f16 = values_f16 and model.decoder.kv_heads < model.decoder.heads
     for name, leaf in _ordered(model):
         shape = hf_shape(name, leaf.axes, leaf.shape)
         kind = "F32" if len(shape) == 1 else dtype.upper()
@@ -216,7 +216,7 @@ def _plan(model: Model, dtype: str, values_f16: bool) -> dict[str, tuple[tuple[i
 
 def _contents(model: Model, arch: str) -> Iterator[np.ndarray]:
     """The tensors of a file, as llama.cpp has them; one stacked weight in memory at a time."""
-    config = model.config
+    config = model.decoder
     if config.rope.scaling == "llama3":
         yield llama3_factors(config.rope)
     for name, leaf in _ordered(model):
@@ -262,6 +262,6 @@ def _encode(key: str, tensor: np.ndarray, kind: str) -> np.ndarray:
 
 
 def _add(writer, key: str, value: object) -> None:
-    kinds = ((bool, writer.add_bool), (int, writer.add_uint32), (float, writer.add_float32))
-    kinds += ((str, writer.add_string), (list, writer.add_array))
-    next(add for kind, add in kinds if isinstance(value, kind))(key, value)
+    kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+    kinds |= {str: writer.add_string, list: writer.add_array}
+    next(add for kind, add in kinds.items() if isinstance(value, kind))(key, value)

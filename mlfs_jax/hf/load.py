@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +67,7 @@ class _Tensor:
 
     key: str
     file: str
-    handle: object
+    handle: Any  # of safe_open
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -153,7 +154,10 @@ def load_checkpoint(
         fresh = _fresh_sites(hf, family, config, tensors)
 
         specs = flatten(abstract(config)[1])
-        weights, initialised, missing, used = {}, [], [], set()
+        weights: dict[str, Array] = {}
+        initialised: list[str] = []
+        missing: list[str] = []
+        used: set[str] = set()
         for slot in family.slots(specs, config.head):
             if slot.names[0].rpartition(".")[0] in fresh:
                 initialised += slot.names
@@ -180,8 +184,8 @@ def load_checkpoint(
     if initialised:
         root = jax.random.key(key) if isinstance(key, int) else key
         new = init_weights(config, root, tuple(initialised))
-        for name, value in new.items():
-            weights[name] = _place(np.asarray(value, dtype), specs[name].axes, sharding)
+        for name, fresh_one in new.items():
+            weights[name] = _place(np.asarray(fresh_one, dtype), specs[name].axes, sharding)
     report = LoadReport(directory, tuple(files), tuple(initialised), tuple(dropped))
     return build(config, weights, name=directory.name, source=directory), report
 

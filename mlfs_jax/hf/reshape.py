@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -48,13 +49,13 @@ class Fit:
     """A config as Hugging Face can express it.
 
     Attributes:
-        config: the expressible one.
+        config: the expressible one, of the same kind.
         copies: of every channel of the residual stream.
         kv_copies: of every key-value head.
         factors: what the token table and the final norm are multiplied by.
     """
 
-    config: Config
+    config: Any
     copies: int = 1
     kv_copies: int = 1
     factors: tuple[float, float] = (1.0, 1.0)
@@ -143,7 +144,7 @@ def _cost(config: DecoderConfig) -> int:
     return config.embed * (config.layers * layer + config.vocab_size * (2 - config.tied))
 
 
-def _tied(config: Config) -> bool:
+def _tied(config: DecoderConfig) -> bool:
     """Whether the head multiplies the residual stream by the token table."""
     return config.head == "lm" and config.tied and not config.embedding_size
 
@@ -154,7 +155,8 @@ def _absorb(config: DecoderConfig, fit: Fit) -> Fit:
     read = family.from_hf(family.to_hf(fit.config))
     table, hidden = fit.config.embed_scale / read.embed_scale, fit.config.logit_scale / read.logit_scale
     factors = (table, hidden / table if _tied(config) else hidden)
-    factors = tuple(1.0 if math.isclose(factor, 1, rel_tol=1e-12) else factor for factor in factors)
+    near = lambda factor: 1.0 if math.isclose(factor, 1, rel_tol=1e-12) else factor  # noqa: E731
+    factors = near(factors[0]), near(factors[1])
     if factors == (1, 1):
         return fit
     if factors[1] != 1 and not (config.final_norm and config.norm != "none"):
@@ -169,7 +171,7 @@ def why(config: Config, fit: Fit) -> tuple[str, ...]:
     d, n, h, said = config.embed, config.heads, config.head_dim, []
     if (new.embed, new.heads, new.head_dim) != (d, n, h):
         named = {"equal": "has head size = hidden / heads", "divides": "has a hidden size that is a multiple of heads"}
-        if getattr(config, "alibi_heads", 0) > n:
+        if isinstance(config, DecoderConfig) and config.alibi_heads > n:
             named["equal"] += f", and its heads' slopes follow from their number ({config.alibi_heads})"
         said.append(f"{config.family} at Hugging Face {named[rule]}; here {n} heads of size {h} go with {d} channels.")
     if fit.copies > 1:
@@ -199,7 +201,8 @@ def why(config: Config, fit: Fit) -> tuple[str, ...]:
 
 def fit_weights(model: Model, fit: Fit) -> dict[str, np.ndarray]:
     """The model's weights (on the host) in another shape; the same function."""
-    config, new = model.config, fit.config
+    config: Any = model.config  # what only decoders have is asked for where they are
+    new = fit.config
     more = {axis: getattr(new, axis) - getattr(config, axis) for axis in ("heads", "head_dim", "mlp")}
     weights = {}
     for name, param in flatten(model.base).items():

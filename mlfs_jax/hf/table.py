@@ -12,8 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 import numpy as np
+from flax import nnx
 
 from mlfs_jax.backbone.tree import STACKED
 from mlfs_jax.config import DecoderConfig
@@ -75,7 +77,7 @@ class Family:
         heads = range(shape[1]) if "{head}" in key else (None,)
         return [key.format(layer=i, head=j) for i in layers for j in heads]
 
-    def slots(self, specs: Mapping[str, object], head: str) -> list[Slot]:
+    def slots(self, specs: Mapping[str, nnx.Param], head: str) -> list[Slot]:
         """All tensors of a network whose weights have these ``specs`` (name -> ``.axes``, ``.shape``)."""
         joined: dict[str, list[str]] = {}
         for name in specs:
@@ -139,7 +141,7 @@ class EncoderFamily(Family):
         head_activation: head kind -> nonlinearity in the head; None: the config's own.
     """
 
-    fields: Mapping[str, tuple[str, object]]
+    fields: Mapping[str, tuple[str, Any]]
     head_activation: Mapping[str, str | None]
     implied: Callable[[dict], dict] = lambda values: {}
 

@@ -16,7 +16,7 @@ FIELDS = gemma.FIELDS | {
     "attn_softcap": ("attn_logit_softcapping", 50.0),
     "logit_softcap": ("final_logit_softcapping", 30.0),
 }
-MODULES = gemma.FAMILY.modules | {
+MODULES = {**gemma.FAMILY.modules} | {
     "layers.attn_out_norm": "layers.{layer}.post_attention_layernorm",
     "layers.mlp_norm": "layers.{layer}.pre_feedforward_layernorm",
     "layers.mlp_out_norm": "layers.{layer}.post_feedforward_layernorm",
