@@ -71,8 +71,9 @@ test: .venv/.test  ## the tests; ARGS="-k name" for some
 	@$(BIN)/mlfs fetch minilm-l6 bert-tiny smollm2-135m wiki movie || echo "no download: tests of real checkpoints are skipped"
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
-lint: .venv/.test  ## ruff
+lint: .venv/.test  ## ruff and mypy
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 format: .venv/.test  ## let ruff sort the imports and lay out the code
 	$(BIN)/ruff check --select I --fix .

@@ -364,7 +364,12 @@ def plan(
     from mlfs_jax.sharding import mesh_sizes
     from mlfs_jax.train import FitConfig
 
-    fields = {"batch_size": batch_size, "rank": rank, "random_subnets": random_subnets, "execution": execution}
+    fields: dict[str, Any] = {
+        "batch_size": batch_size,
+        "rank": rank,
+        "random_subnets": random_subnets,
+        "execution": execution,
+    }
     setting = Setting(mesh_sizes(mesh), FitConfig(model, "", **fields, dtype=dtype, remat=remat), length)
     limit = None if memory is None else parse_bytes(memory)
     config = config_of(model)

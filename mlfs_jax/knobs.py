@@ -75,7 +75,8 @@ class Setting:
 
     def turned(self) -> dict[str, Setting]:
         """What to type -> the setting with that one knob turned, all of which need at most twice the devices."""
-        fit, mesh, turned = self.fit, self.mesh, {}
+        fit, mesh = self.fit, self.mesh
+        turned: dict[str, dict[str, Any]] = {}
         rows = fit.batch_size // (mesh["data"] * mesh["fsdp"])
         if fit.dtype == "float32":
             turned["--dtype bfloat16"] = {"fit": dataclasses.replace(fit, dtype="bfloat16")}

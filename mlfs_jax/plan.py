@@ -200,7 +200,7 @@ def _batch_shapes(config: Config, batch_size: int, length: int) -> dict[str, tup
     names = ["input_ids", "attention_mask"]
     names += ["loss_mask"] if config.head == "lm" else []
     names += ["token_type_ids"] if getattr(config, "type_vocab", 0) > 1 else []
-    shapes = dict.fromkeys(names, (batch_size, length))
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(names, (batch_size, length))
     return shapes if config.head == "lm" else {**shapes, "labels": (batch_size,)}
 
 

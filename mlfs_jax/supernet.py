@@ -43,11 +43,11 @@ class TrainState:
     step: Int[Array, ""]
 
 
-def state_places(mesh: Mesh, base: nnx.State, params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+def state_places(mesh: Mesh, base: nnx.State, params: Params, optimizer: optax.GradientTransformation) -> Any:
     """Where a training state goes on a mesh, as shardings: :attr:`Supernet.places`. Shapes will do for the trees."""
     axes = {"lora": lora_axes(base, params["lora"]), "features": ("embed", "features")}
     trained, moments = state_shardings(mesh, optimizer, params, {name: axes[name] for name in params})
-    return TrainState(trained, moments, replicated(mesh))
+    return TrainState(trained, moments, replicated(mesh))  # type: ignore[arg-type]  # a tree of places, not of arrays
 
 
 def gradient_weights(trainable: list[int], gamma: float) -> list[float]:
@@ -79,7 +79,7 @@ class Supernet:
     execution: str = "sliced"
     unroll: bool = False
     remat: bool = False
-    places: TrainState | None = None
+    places: Any = None
 
     def __post_init__(self):
         if self.config.head not in ("sequence", "lm"):

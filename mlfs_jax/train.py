@@ -302,7 +302,7 @@ def fit(
 def init_params(key: jax.Array, model: Model, stage: Stage, distill: DistillConfig) -> Params:
     """What a stage trains, at its start: low-rank pairs, a classification head whole, a projection of features."""
     full = () if model.config.head == "lm" else ("head",)  # a language model's head is pretrained, and frozen
-    params = {"lora": init_lora(jax.random.fold_in(key, 0), model, rank=stage.rank, full=full)}
+    params: Params = {"lora": init_lora(jax.random.fold_in(key, 0), model, rank=stage.rank, full=full)}
     if stage.sample != "maxnet" and distill.beta:
         params["features"] = init_projection(jax.random.fold_in(key, 1), model.config.embed, distill)
     return params

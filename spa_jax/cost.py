@@ -7,6 +7,7 @@ makes (arXiv 2206.06522), and SPA inherits.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,9 +69,10 @@ class Workload:
         side = jax.eval_shape(lambda: init_side(jax.random.key(0), self.config, config))
         ladders, embed = None, self.config.embed
         if cached:
-            taps = jax.ShapeDtypeStruct((len(side.tapped) + 1, self.batch, self.length, embed), jnp.float16)
-            valid = jax.ShapeDtypeStruct((self.batch, self.length), bool)
-            frame = Frame(taps, self.tokens["input_ids"], valid)
+            taps: Any = jax.ShapeDtypeStruct((len(side.tapped) + 1, self.batch, self.length, embed), jnp.float16)
+            valid: Any = jax.ShapeDtypeStruct((self.batch, self.length), bool)
+            positions: Any = self.tokens["input_ids"]
+            frame = Frame(taps, positions, valid)
             ladders = frame, self._floats(self.batch, self.length, embed)
         chunk = self.batch * self.counted
         trainer = SideTrainer(graphdef, side, Setting.S1, OPTIMIZER, unroll=unroll, chunk=chunk)

@@ -198,7 +198,7 @@ def generate(
     read = np.concatenate([first[:, None], out[:, :-1]], 1)
     p, sigma, differs = _trace(*which, memory, np.maximum(read, 0), out >= 0)
     lists = lambda x: [row[: len(new)].tolist() for row, new in zip(np.asarray(x), written, strict=True)]  # noqa: E731
-    shown = [new[:-1] if ended else new for new, ended in zip(tokens, finished, strict=True)]
+    shown = [new[:-1] if ended else new for new, ended in zip(written, finished, strict=True)]
     return SideGenerated(shown, np.asarray(finished), lists(sigma), lists(differs), lists(p))
 
 
