@@ -145,11 +145,11 @@ def by_writer(work: Callable[[], T]) -> T | None:
     if error is not None:
         sentence = (str(error) or type(error).__name__).encode()[:_SAID]
         said[: len(sentence)] = np.frombuffer(sentence, np.uint8)
-    said = bytes(np.asarray(multihost_utils.broadcast_one_to_all(said))).rstrip(b"\0").decode(errors="replace")
+    heard = bytes(np.asarray(multihost_utils.broadcast_one_to_all(said))).rstrip(b"\0").decode(errors="replace")
     if error is not None:
         raise error
-    if said:
-        raise HostsError(f"process 0: {said}")
+    if heard:
+        raise HostsError(f"process 0: {heard}")
     return result
 
 

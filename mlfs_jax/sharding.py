@@ -137,8 +137,8 @@ def _cache_place(mesh: Mesh, x: jax.Array) -> NamedSharding:
     return sharding_of(mesh, axes, x.shape)
 
 
-def mesh_of(base: nnx.State) -> Mesh | None:
-    """The mesh on which a base lies; None where it is on one device."""
+def mesh_of(base: nnx.State) -> Any:
+    """The :class:`jax.sharding.Mesh` on which a base lies; None where it is on one device."""
     places = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(base))
     return next((place.mesh for place in places if isinstance(place, NamedSharding)), None)
 

@@ -9,6 +9,7 @@ pretrained model.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -324,7 +325,8 @@ def _train_stage(
     batches = Batches(train, config.batch_size, seed=config.seed + 1000 * number, buckets=config.buckets)
     # placed before the first step, as a restored state is: else the step compiles twice
     optimizer, base = stage.optimizer(), cast_base(model.base, config.dtype)
-    places, batch_at = None, batches.__getitem__
+    places: Any = None
+    batch_at: Callable[[int], Mapping] = batches.__getitem__
     if mesh is not None:
         places = state_places(mesh, base, params, optimizer)
         base, batch_at = shard_base(mesh, base), partial(feed, mesh, batches)

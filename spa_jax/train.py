@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -195,10 +196,12 @@ def _train_side(
         cache = _fill_cache(config, model, side, train, batches, run, stop, console)
         if cache is None:
             return None
-    places, batch_at = None, batches.__getitem__
+    places: Any = None
+    batch_at: Callable[[int], Mapping] = batches.__getitem__
     if mesh is not None:
         trained, moments = state_shardings(mesh, config.optimizer, side.net, side_axes(side.config, side.backbone))
-        places, batch_at = TrainState(trained, moments, replicated(mesh)), partial(feed, mesh, batches)
+        places = TrainState(trained, moments, replicated(mesh))  # type: ignore[arg-type]  # a tree of places
+        batch_at = partial(feed, mesh, batches)
     trainer = SideTrainer(model.graphdef, side, setting, config.optimizer, places=places)
 
     def step(state: TrainState, i: int):
