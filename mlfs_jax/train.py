@@ -9,7 +9,6 @@ pretrained model.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -157,9 +156,8 @@ class FitConfig:
         place = None if mesh is None else partial(sharding_of, mesh)
         if task.is_language:
             return from_pretrained(self.model, head="lm", sharding=place)
-        return from_pretrained(
-            self.model, head="sequence", labels=task.num_labels, problem=task.problem, key=self.seed, sharding=place
-        )
+        head: dict[str, Any] = {"head": "sequence", "labels": task.num_labels, "problem": task.problem}
+        return from_pretrained(self.model, **head, key=self.seed, sharding=place)
 
     def load_data(self, task: Task, model: Model) -> dict[str, Encoded]:
         """The task, encoded by the tokenizer in the model's folder."""
@@ -326,7 +324,7 @@ def _train_stage(
     # placed before the first step, as a restored state is: else the step compiles twice
     optimizer, base = stage.optimizer(), cast_base(model.base, config.dtype)
     places: Any = None
-    batch_at: Callable[[int], Mapping] = batches.__getitem__
+    batch_at: Any = batches.__getitem__
     if mesh is not None:
         places = state_places(mesh, base, params, optimizer)
         base, batch_at = shard_base(mesh, base), partial(feed, mesh, batches)
