@@ -131,7 +131,7 @@ def by_writer(work: Callable[[], T]) -> T | None:
     """Let process 0 do this while the others wait; its result there, None in the others.
 
     Raises:
-        What it raised, in process 0; in the others a HostsError that says the same.
+        HostsError: in the other processes, and says what process 0 raised; there it is the exception itself.
     """
     if not several():
         return work()
