@@ -13,6 +13,7 @@ __all__ = open_front_door(
         "distill": ("DistillConfig",),
         "evaluate": ("evaluate",),
         "export": ("export_adapter", "export_subnet"),
+        "fit_config": ("FitConfig",),
         "generate": ("GenerateConfig", "Generated", "Session", "generate", "generate_text", "stream", "stream_text"),
         "hf.export": ("ExportReport", "export_hf"),
         "hf.gguf_write": ("GGUFReport", "export_gguf"),
@@ -28,6 +29,6 @@ __all__ = open_front_door(
         "slicing": ("slice_subnet",),
         "stages": ("Stage", "paper_stages"),
         "subnet": ("Subnet", "SubnetSpace", "make_mask"),
-        "train": ("FitConfig", "Fitted", "fit", "load_run"),
+        "train": ("Fitted", "fit", "load_run"),
     },
 )

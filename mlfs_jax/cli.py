@@ -128,7 +128,7 @@ def _preset(args: list[str]) -> str:
 
 def _fit_from(chosen: Any, args: Sequence[str] = ()):
     from mlfs_jax import hosts as processes
-    from mlfs_jax.train import FitConfig
+    from mlfs_jax.fit_config import FitConfig
 
     alone, defaults = processes.Hosts(), FitConfig(model=tyro.MISSING, task=tyro.MISSING, **PRESETS[chosen])
 
@@ -358,11 +358,11 @@ def plan(
         memory: of a device, e.g. 80GiB; where that is too little, the knobs that help are tried.
         json: print the numbers as JSON and nothing else.
     """
+    from mlfs_jax.fit_config import FitConfig
     from mlfs_jax.knobs import Setting, knobs_table, parse_bytes, plan_and_turn, table, use_virtual_devices, work_table
     from mlfs_jax.plan import ESTIMATE
     from mlfs_jax.published import config_of
     from mlfs_jax.sharding import mesh_sizes
-    from mlfs_jax.train import FitConfig
 
     fields: dict[str, Any] = {
         "batch_size": batch_size,

@@ -13,9 +13,9 @@ import jax
 
 from mlfs_jax.config import Config
 from mlfs_jax.errors import ConfigError
+from mlfs_jax.fit_config import FitConfig
 from mlfs_jax.plan import Plan, plan
 from mlfs_jax.sharding import make_mesh
-from mlfs_jax.train import FitConfig
 
 UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}

@@ -24,12 +24,13 @@ from jax.sharding import Mesh
 from mlfs_jax.backbone.tree import flatten
 from mlfs_jax.config import Config
 from mlfs_jax.errors import ConfigError
+from mlfs_jax.fit_config import FitConfig
 from mlfs_jax.hlo import Cost, cost_of
 from mlfs_jax.model import Model, abstract, cast_base
 from mlfs_jax.sharding import RULES, base_shardings, sharding_of
 from mlfs_jax.stages import Stage
 from mlfs_jax.supernet import Supernet, state_places
-from mlfs_jax.train import FitConfig, init_params
+from mlfs_jax.train import init_params
 
 ESTIMATE = (
     "Activations are an estimate: measured in a program compiled for virtual CPU devices, not for an accelerator."

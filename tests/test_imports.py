@@ -19,7 +19,7 @@ FLOORS = [
     {"model"},
     {"sharding", "hf", "lora", "subnet"},
     {"slicing", "importance", "distill", "generate", "vocab", "published"},
-    {"timing", "supernet", "stages", "evaluate", "train"},
+    {"timing", "supernet", "stages", "evaluate", "fit_config", "train"},
     {"palette", "export", "verify", "info", "load", "plan", "knobs"},
     {"cli"},
 ]

@@ -9,10 +9,11 @@ import jax
 
 import mlfs_jax as mlfs
 from mlfs_jax.distill import DistillConfig
+from mlfs_jax.fit_config import FitConfig
 from mlfs_jax.hlo import cost_of
 from mlfs_jax.plan import plan
 from mlfs_jax.supernet import Supernet, state_places
-from mlfs_jax.train import FitConfig, init_params
+from mlfs_jax.train import init_params
 from tests.mlfs.eight_devices import bytes_here
 from tests.mlfs.tiny import tiny_batch, tiny_decoder, tiny_model, tiny_tokens
 

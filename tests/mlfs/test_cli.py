@@ -11,9 +11,9 @@ import pytest
 
 from mlfs_jax import cli
 from mlfs_jax.cli import COMMANDS, HELP, PRESETS, main
+from mlfs_jax.fit_config import FitConfig
 from mlfs_jax.palette import FILE as PALETTE
 from mlfs_jax.registry import ENTRIES
-from mlfs_jax.train import FitConfig
 
 
 def error_of(capsys, *argv) -> str:

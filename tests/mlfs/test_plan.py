@@ -14,13 +14,13 @@ import pytest
 from mlfs_jax.backbone.tree import flatten
 from mlfs_jax.cli import main
 from mlfs_jax.errors import ConfigError, UnknownNameError
+from mlfs_jax.fit_config import FitConfig
 from mlfs_jax.hf.configs import to_hf
 from mlfs_jax.hlo import Collective, Cost, cost_of
 from mlfs_jax.knobs import Setting, parse_bytes
 from mlfs_jax.model import abstract, forward
 from mlfs_jax.plan import plan
 from mlfs_jax.published import SHAPES, config_of
-from mlfs_jax.train import FitConfig
 from tests.mlfs.tiny import tiny_decoder, tiny_tokens
 
 ROOT = Path(__file__).resolve().parents[2]
