@@ -49,14 +49,19 @@ class Stage:
     def subnets(self, space: SubnetSpace, key: Array) -> tuple[Subnet, ...]:
         """What a step trains besides the maxnet: the minnet and n random subnets (sandwich rule), all different.
 
-        In a space too small for that, fewer.
+        In a space too small for that, fewer. Stage 2 goes on with the minnet of stage 1, too [ours]: drawn only as
+        often as the others, it would lose what that stage has taught it.
         """
         if self.sample == "maxnet":
             return ()
-        space = space.at_full_depth() if self.sample == "width" else space
+        full = space.at_full_depth()
+        space = full if self.sample == "width" else space
         chosen = [space.minnet]
+        if full.minnet not in (space.minnet, space.maxnet):
+            chosen.append(full.minnet)
+        wanted = len(chosen) + self.random_subnets
         for i in range(TRIES * self.random_subnets):
-            if len(chosen) > self.random_subnets:
+            if len(chosen) == wanted:
                 break
             subnet = space.sample(jax.random.fold_in(key, i))
             if subnet not in (*chosen, space.maxnet):

@@ -92,8 +92,11 @@ def test_sandwich_rule():
     for stage, choices in ((widths, drawn.at_full_depth()), (depths, drawn)):
         seen = [stage.subnets(drawn, jax.random.key(i)) for i in range(20)]
         assert seen == [stage.subnets(drawn, jax.random.key(i)) for i in range(20)]
-        for minnet, *others in seen:
-            assert minnet == choices.minnet and len({minnet, choices.maxnet, *others}) == 4
+        smallest = [choices.minnet] if stage is widths else [choices.minnet, drawn.at_full_depth().minnet]
+        for subnets in seen:
+            others = subnets[len(smallest) :]
+            assert list(subnets[: len(smallest)]) == smallest
+            assert len(others) == 2 and len({choices.maxnet, *subnets}) == 1 + len(subnets)
             assert all(choices.check(subnet) == subnet for subnet in others)
     few = mlfs.SubnetSpace(tiny_config(), depth=(3, 2))
     assert depths.subnets(few, jax.random.key(0)) == (few.minnet,)
