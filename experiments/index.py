@@ -321,13 +321,12 @@ def _index(rows: tuple[Row, ...]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+PARTS = ("demo", "execution", "encoder", "decoder", "spa", "latency", "gguf", "fuzz", "plans")
+PARTS += ("beside-peers", "sizes", "palette-cost", "side-memory", "network", "cloud")
 SECTIONS: dict[str, Callable[[], str]] = {
     "mlfs-index": lambda: _index(MLFS),
     "spa-index": lambda: _index(SPA),
-    **{
-        name: getattr(tables, name)
-        for name in ("demo", "execution", "encoder", "decoder", "spa", "latency", "gguf", "fuzz", "plans")
-    },
+    **{name: getattr(tables, name.replace("-", "_")) for name in PARTS},
 }
 
 

@@ -159,9 +159,9 @@ def plot(points: list[dict], options: Options) -> None:
     import matplotlib.pyplot as plt
 
     figure, panel = plt.subplots(figsize=(5, 3.5), layout="constrained")
-    panel.plot([p["ms_per_token"] for p in points], [p["rougeL"] for p in points], marker="o")
+    panel.plot([p["ms_per_token"] for p in points], [100 * p["rougeL"] for p in points], marker="o")
     for p in points:
-        panel.annotate(f" usage {p['usage']:.2f}", (p["ms_per_token"], p["rougeL"]))
+        panel.annotate(f" usage {p['usage']:.2f}", (p["ms_per_token"], 100 * p["rougeL"]))
     panel.set(xlabel=f"ms a token, rtt {options.rtt:g} ms, {options.bandwidth:g} MB/s", ylabel="Rouge-L")
     figure.savefig(RESULT.with_suffix(".png"), dpi=120)
 
@@ -170,14 +170,14 @@ def main(options: Options) -> None:
     begin, console = time.time(), Console()
     starting, fitted = start_of_a_device(options.plugin), load_run(options.plugin)
     found, points = texts(fitted, options)
-    table = Table(title=f"{found['texts']} texts; Rouge-L in one process {found['rougeL, one process']:.2f}")
+    table = Table(title=f"{found['texts']} texts; Rouge-L in one process {100 * found['rougeL, one process']:.1f}")
     for column in ("placement", "equal texts", "equal tokens", "Rouge-L", "bytes down", "up, a token"):
         table.add_column(column, justify="left" if column == "placement" else "right")
     for name, row in found["placements"].items():
-        shares = f"{row['equal_texts']}", f"{row['equal_tokens']:.3f}", f"{row['rougeL']:.2f}"
+        shares = f"{row['equal_texts']}", f"{row['equal_tokens']:.3f}", f"{100 * row['rougeL']:.1f}"
         table.add_row(name, *shares, f"{row['bytes_down']:.0f}", f"{row['bytes_up']:.0f}")
     console.print(table)
-    console.print("ms a token: Rouge-L", {round(p["ms_per_token"], 1): round(p["rougeL"], 2) for p in points})
+    console.print("ms a token: Rouge-L", {round(p["ms_per_token"], 1): round(100 * p["rougeL"], 1) for p in points})
     console.print(f"a device starts in {starting['wall']:.2f} s ({starting['cpu']:.2f} CPU-s)")
     RESULT.parent.mkdir(exist_ok=True)
     record = {"cpu": device_name(), "start_seconds": starting, **found, "budget": points}

@@ -196,3 +196,87 @@ def plans() -> str:
         cells.append([f"`{command}`", *(f"{x / 2**30:,.1f}" for x in gib), f"{flops / 1e12:,.0f}", f"{seconds:.0f}"])
     columns = ("", "peak [GiB]", "base [GiB]", "activations [GiB]", "collectives [GiB]", "TFLOP", "seconds to plan")
     return markdown(columns, cells)
+
+
+def beside_peers() -> str:
+    cells = []
+    for name, step in (("bench_sandwich", "sandwich"), ("bench_lora", "LoRA")):
+        for vocabulary, rows in read(name).get("results", {}).items():
+            for side, row in rows.items():
+                cells.append(
+                    [f"{step}, {side}", f"{int(vocabulary):,}", f"{row['cpu_seconds']:.2f}", f"{row['share']:.2f}"]
+                )
+    return markdown(("step", "vocabulary", "CPU-seconds", "of the peer's"), cells) if cells else NOTHING
+
+
+def sizes() -> str:
+    found = read("bench_latency")
+    if not found:
+        return NOTHING
+    cells = [
+        [f"{name} ({row['subnet']})", f"{row['flops_share']:.2f}"]
+        + [f"{row[f'time_share, batch {size}']:.2f}" for size in found["batches"]]
+        for name, row in found["rows"].items()
+    ]
+    said = f"Shares of the maxnet's, {found['length']} tokens, on {found['device']}."
+    return f"{said}\n\n{markdown(('subnet', 'FLOPs', *(f'time, batch {size}' for size in found['batches'])), cells)}"
+
+
+def palette_cost() -> str:
+    found = read("bench_palette_cost")
+    if not found:
+        return NOTHING
+    rows, steps = found["rows"], found["options"]["steps"]
+    reached = sum(row["reached"] for row in rows)
+    return (
+        f"One palette of {len(rows)} subnets in {steps} steps costs {share(found['shares']['flops'])} of the FLOPs and "
+        f"{share(found['shares']['cpu'])} of the CPU-seconds of {len(rows)} separate distillations of at most as many "
+        f"steps each, of which {reached} reach the palette's validation loss."
+    )
+
+
+def side_memory() -> str:
+    found = read("bench_side_memory")
+    if not found:
+        return NOTHING
+    cells = []
+    for cell in found["cells"]:
+        lora = cell["ways"]["lora"]
+        shares = [
+            f"{row['bytes_share']:.2f} / {row['flops_share']:.3f}" for way, row in cell["ways"].items() if way != "lora"
+        ]
+        cells.append([f"{cell['batch']} x {cell['length']}", f"{lora['bytes'] / 2**30:.2f}", *shares])
+    ways = [way for way in found["cells"][0]["ways"] if way != "lora"]
+    said = f"Bytes / FLOPs of a training step as shares of LoRA's (rank {found['rank']}), SmolLM2-135M in float32."
+    return f"{said}\n\n{markdown(('batch', 'LoRA [GiB]', *ways), cells)}"
+
+
+def network() -> str:
+    found = read("spa_network")
+    if not found:
+        return NOTHING
+    cells = []
+    for name, row in found["placements"].items():
+        same = f"{row['equal_texts']} of {found['texts']}", share(row["equal_tokens"]), f"{100 * row['rougeL']:.1f}"
+        cells.append([name, *same, f"{row['bytes_down']:.0f}", f"{row['bytes_up']:.0f}"])
+    said = (
+        f"{found['texts']} prompts, greedy; Rouge-L in one process {100 * found['rougeL, one process']:.1f}. A device "
+        f"has its plugin {found['start_seconds']['wall']:.1f} s after its process starts "
+        f"({found['start_seconds']['cpu']:.1f} CPU-seconds)."
+    )
+    columns = ("placement", "texts equal", "tokens equal", "Rouge-L", "bytes down a token", "up")
+    return f"{said}\n\n{markdown(columns, cells)}"
+
+
+def cloud() -> str:
+    found = read("bench_cloud")
+    if not found:
+        return NOTHING
+    step, model = found["step"], found["model"] or "a random model of 4 layers"
+    return (
+        f"{found['devices']} devices with a plugin each, {found['tokens']} tokens each, on one cloud ({model}): "
+        f"{found['texts_checked'] - len(found['texts_unlike_their_solo_run'])} of {found['texts_checked']} texts are "
+        f"their solo run's; a step takes {step['p50_ms']:.0f} ms in the median, {step['p99_over_p50']:.1f} times that "
+        f"at the 99th percentile; {found['batch_fill']:.0f} sessions share a step on average; caches and tables take "
+        f"{found['memory_bytes'] / 1e6:.0f} MB, the process {found['peak_rss_mb']:.0f} MB at its peak."
+    )
