@@ -277,6 +277,6 @@ def cloud() -> str:
         f"{found['devices']} devices with a plugin each, {found['tokens']} tokens each, on one cloud ({model}): "
         f"{found['texts_checked'] - len(found['texts_unlike_their_solo_run'])} of {found['texts_checked']} texts are "
         f"their solo run's; a step takes {step['p50_ms']:.0f} ms in the median, {step['p99_over_p50']:.1f} times that "
-        f"at the 99th percentile; {found['batch_fill']:.0f} sessions share a step on average; caches and tables take "
-        f"{found['memory_bytes'] / 1e6:.0f} MB, the process {found['peak_rss_mb']:.0f} MB at its peak."
+        f"at the 99th percentile; {found['batch_fill']:.0f} sessions share a step on average; weights and caches take "
+        f"{sum(found['memory_bytes'].values()) / 1e6:.0f} MB, the process {found['peak_rss_mb']:.0f} MB at its peak."
     )

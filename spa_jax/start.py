@@ -79,7 +79,8 @@ def _random_net(key: Array, config: SideConfig, backbone: DecoderConfig) -> dict
             fan_in = math.prod(leaf.shape[stacked : stacked + leaf.inputs])
             net[name] = fan_in**-0.5 * drawn[random.index(name)].reshape(leaf.shape)
         else:
-            net[name] = jnp.full(leaf.shape, 1.0 - backbone.norm_offset if name.endswith("scale") else 0.0)
+            value = 1.0 - backbone.norm_offset if name.endswith("scale") else 0.0
+            net[name] = jnp.full(leaf.shape, value, jnp.float32)  # no weak type: a step would compile three times
     return net
 
 

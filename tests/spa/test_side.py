@@ -67,6 +67,13 @@ def test_the_first_logits_are_the_base_models_where_g_is_added():
     assert float(jnp.abs(out.logits).max()) > 0.01 and not alone.gate
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fresh_net_has_no_weak_types(kind):
+    """A weak type becomes a strong one in the first update, and the step compiles anew."""
+    side = spa.init_side(jax.random.key(0), tiny_decoder().config, KINDS[kind])
+    assert not [name for name, x in side.net.items() if jnp.asarray(x).weak_type]
+
+
 def test_settings():
     model, f_only = tiny_decoder(), {}
     side, batch = tiny_side(model), tiny_tokens(model.config)
