@@ -61,11 +61,13 @@ class Options:
 
     Attributes:
         plugin: a finished run of ``spa fit``.
+        many: prompts that the Rouge-L of int8 on the wire is measured on.
         rtt, bandwidth: of the emulated link, ms and MB/s.
     """
 
     plugin: Path = Path("runs/spa")
     prompts: int = 20
+    many: int = 100
     usages: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     rtt: float = 20.0
     bandwidth: float = 10.0
@@ -129,6 +131,29 @@ def texts(fitted: Fitted, options: Options) -> tuple[dict, list[dict]]:
     return found, [budget_point(fitted, usage, prompts, config, score, options) for usage in options.usages]
 
 
+def rouge_of_int8(fitted: Fitted, options: Options) -> dict[str, float]:
+    """Rouge-L of one process and of int8 on the wire, on more prompts: one text more or less should not decide."""
+    plugin, model = fitted.plugin, fitted.model
+    encoded, stop = load_split(fitted, "test", options.many), model.config.eos_token_ids
+    config = GenerateConfig(max_new_tokens=encoded.max_completion, stop_tokens=stop)
+    batches = [(as_rows(batch)[: len(wanted)], wanted) for batch, wanted in prompt_batches(encoded, options.prompts)]
+    context = max(len(prompt) for prompts, _ in batches for prompt in prompts) + encoded.max_completion
+    cloud = DecoderCloud(model, slots=options.prompts, context=context)
+    cloud.warm_up()
+    device = SideDevice(
+        plugin.side, base=plugin.base, setting=plugin.setting, threshold=plugin.threshold, coding="int8"
+    )
+    tokenizer, references = load_tokenizer(model.source), [text for _, wanted in batches for text in wanted]
+    written: dict[str, list[list[int]]] = {"one process": [], "int8 on the wire": []}
+    for prompts, _ in track(batches, "int8 on more prompts"):
+        one = generate(model, plugin.side, prompts, config, setting=plugin.setting, threshold=plugin.threshold)
+        answers = over_the_network(cloud, device, prompts, encoded.max_completion, stop)
+        written["one process"] += one.tokens
+        written["int8 on the wire"] += [answer.tokens for answer in answers]
+    texts = {way: [tokenizer.decode(row).strip() for row in rows] for way, rows in written.items()}
+    return {way: rouge(said, references)["rougeL"] for way, said in texts.items()} | {"texts": len(references)}
+
+
 def budget_point(fitted: Fitted, usage: float, prompts, config: GenerateConfig, score, options: Options) -> dict:
     """Quality at a usage, and ms a token over the link, of one session alone."""
     plugin, link = fitted.plugin, Link(options.rtt, options.bandwidth)
@@ -181,6 +206,8 @@ def main(options: Options) -> None:
     console.print(f"a device starts in {starting['wall']:.2f} s ({starting['cpu']:.2f} CPU-s)")
     RESULT.parent.mkdir(exist_ok=True)
     record = {"cpu": device_name(), "start_seconds": starting, **found, "budget": points}
+    record["more_texts"] = rouge_of_int8(fitted, options)
+    console.print("Rouge-L on more texts", record["more_texts"])
     record |= {"link": {"rtt_ms": options.rtt, "bandwidth_mb_s": options.bandwidth}, "seconds": time.time() - begin}
     RESULT.write_text(json.dumps(record, indent=1))
     plot(points, options)

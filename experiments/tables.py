@@ -263,6 +263,11 @@ def network() -> str:
         f"{found['texts']} prompts, greedy; Rouge-L in one process {100 * found['rougeL, one process']:.1f}. A device "
         f"has its plugin {found['start_seconds']['wall']:.1f} s after its process starts "
         f"({found['start_seconds']['cpu']:.1f} CPU-seconds)."
+        + " On {texts} texts Rouge-L is {one:.1f}, with int8 on the wire {int8:.1f}.".format(
+            texts=found["more_texts"]["texts"],
+            one=100 * found["more_texts"]["one process"],
+            int8=100 * found["more_texts"]["int8 on the wire"],
+        )
     )
     columns = ("placement", "texts equal", "tokens equal", "Rouge-L", "bytes down a token", "up")
     return f"{said}\n\n{markdown(columns, cells)}"
