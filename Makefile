@@ -63,7 +63,7 @@ STUDIES += mlfs_encoder_palette mlfs_decoder spa_tables
 experiments: demo  ## measure again what README and experiments/README.md show; hours, resumable
 	@cp runs/demo/palette.json experiments/results/demo_palette.json
 	@cp runs/demo/palette.png experiments/results/demo_palette.png
-	$(BIN)/spa latency --png experiments/results/spa_latency.png --json > experiments/results/spa_latency.tmp
+	$(BIN)/spa latency --jitter 0.1 --png experiments/results/spa_latency.png --json > experiments/results/spa_latency.tmp
 	@mv experiments/results/spa_latency.tmp experiments/results/spa_latency.json
 	@for study in $(STUDIES); do echo "$$ python experiments/$$study.py"; $(BIN)/python experiments/$$study.py || exit; done
 	$(BIN)/python experiments/index.py

@@ -264,7 +264,7 @@ SPA = (
     Row(
         "Table 2, time on a network",
         "one exchange a token (SPA, LST) beats one for each layer (the paper's figures are unreadable in our copies)",
-        "spa latency --json --png experiments/results/spa_latency.png",
+        "spa latency --jitter 0.1 --json --png experiments/results/spa_latency.png",
         table2,
         same="every exchange waits for a round trip",
     ),

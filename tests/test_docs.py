@@ -210,7 +210,7 @@ def test_the_index_speaks_of_what_was_measured(monkeypatch, tmp_path):
     measure(**{"width,_alpha_0.9": 10, "width,_alpha_0.5": 40, "width,_alpha_0": 30})
     assert not index.alpha().same
     row = next(row for row in index.MLFS if row.find is index.alpha)
-    assert row.cells()[4:] == ["**no**", "not explained yet"]
+    assert row.cells()[4:] == ["**no**", row.other]
 
 
 def test_the_site_builds(tmp_path, monkeypatch):

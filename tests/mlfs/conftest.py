@@ -47,7 +47,7 @@ def mood_task(tmp_path_factory):
 @pytest.fixture(scope="session")
 def fit_flags(tiny_hf, mood_task):
     """The arguments of ``mlfs fit`` but for ``--out``: seconds, on any machine."""
-    flags = f"fit --model {tiny_hf} --task {mood_task} --steps 40 10 10 --max-length 12 --buckets 12 --batch-size 16"
+    flags = f"fit --model {tiny_hf} --task {mood_task} --steps 80 10 10 --max-length 12 --buckets 12 --batch-size 16"
     return (
         f"{flags} --random-subnets 0 --learning-rate 1e-2 --width 1 0.5 --depth 1 0.5 --rank 4 --unroll False".split()
     )

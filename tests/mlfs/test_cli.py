@@ -50,7 +50,7 @@ def test_from_fit_to_info(tiny_run, tiny_hf, tmp_path, capsys):
     assert checks["ok"] and {c["inputs"] for c in checks["checks"]} == {"", "random", "real"}
 
     described = json_of(capsys, "info", run)
-    assert described["kind"] == "run" and described["finished"] and described["steps done"] == 60
+    assert described["kind"] == "run" and described["finished"] and described["steps done"] == 100
     assert [stage["name"] for stage in described["adapters"]] == ["stage0", "stage1", "stage2"]
     assert all(stage["rank"] == 4 and stage["low-rank parameters"] > 0 for stage in described["adapters"])
     assert described["subnets"][0]["accuracy"] == round(rows[0]["score"], 4)
