@@ -27,7 +27,7 @@ from mlfs_jax.errors import ConfigError
 from mlfs_jax.fit_config import FitConfig
 from mlfs_jax.hlo import Cost, cost_of
 from mlfs_jax.model import Model, abstract, cast_base
-from mlfs_jax.sharding import RULES, base_shardings, sharding_of
+from mlfs_jax.sharding import RULES, base_shardings, check_rows, sharding_of
 from mlfs_jax.stages import Stage
 from mlfs_jax.supernet import Supernet, state_places
 from mlfs_jax.train import init_params
@@ -133,13 +133,10 @@ def plan(config: Config, mesh: Mesh, fit: FitConfig, length: int, stage: int = 0
     Raises:
         ConfigError: the batch does not divide among the devices, no such stage, or a text longer than the model reads.
     """
-    stages, places = fit.stages, mesh.shape["data"] * mesh.shape["fsdp"]
+    stages = fit.stages
     if not 0 <= stage < len(stages):
         raise ConfigError(f"stage = {stage}: expected 0 to {len(stages) - 1}.")
-    if fit.batch_size % places:
-        raise ConfigError(
-            f"batch_size = {fit.batch_size} on a mesh of {places} (data times fsdp): expected a multiple of it."
-        )
+    check_rows(mesh, fit.batch_size)
     if not 2 <= length <= config.max_positions:
         raise ConfigError(f"length = {length}: expected 2 to {config.max_positions}, which the model can read.")
     put = lambda tree, where: jax.tree.map(  # noqa: E731

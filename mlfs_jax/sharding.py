@@ -174,7 +174,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(automatic(mesh), PartitionSpec())
 
 
-def _check_rows(mesh: Mesh, rows: int) -> None:
+def check_rows(mesh: Mesh, rows: int) -> None:
+    """Raise ConfigError when the examples of a batch do not divide among the devices."""
     places = mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % places:
         raise ConfigError(f"batch_size = {rows} on a mesh of {places} (data times fsdp): expected a multiple of it.")
@@ -186,7 +187,7 @@ def shard_batch(mesh: Mesh, batch: Mapping) -> dict:
     Raises:
         ConfigError: the rows do not divide among the devices.
     """
-    _check_rows(mesh, len(next(iter(batch.values()))))
+    check_rows(mesh, len(next(iter(batch.values()))))
     return _place_batch(mesh, batch)
 
 
@@ -199,7 +200,7 @@ def beside(base: nnx.State, batch: Mapping) -> Mapping:
 def feed(mesh: Mesh, batches: Batches, step: int) -> dict[str, jax.Array]:
     """The batch of a step, as :func:`shard_batch` spreads it; each process makes the rows of its own devices only."""
     size = batches.batch_size
-    _check_rows(mesh, size)
+    check_rows(mesh, size)
     places = sharding_of(mesh, ("batch",), (size,)).addressable_devices_indices_map((size,)).values()
     mine = np.unique(np.concatenate([np.arange(size)[place] for place in places]))
 
