@@ -56,9 +56,9 @@ demo: .venv/.core  ## fetch a model and data, fit a small palette, show, export 
 	$(call mlfs,verify exported/quarter --against runs/demo)
 	$(call mlfs,info runs/demo)
 
-# What two cores can do; the last three take hours, and go on where they were stopped.
-STUDIES := bench_execution bench_latency bench_side_memory bench_palette_cost bench_sandwich bench_lora bench_cloud fuzz_frames
-STUDIES += mlfs_encoder_palette mlfs_decoder spa_tables
+# What two cores can do; the last four take longest, and go on where they were stopped.
+STUDIES := bench_execution bench_input bench_latency bench_side_memory bench_palette_cost bench_sandwich bench_lora bench_cloud fuzz_frames
+STUDIES += mlfs_choices mlfs_encoder_palette mlfs_decoder spa_tables
 
 experiments: demo  ## measure again what README and experiments/README.md show; hours, resumable
 	@cp runs/demo/palette.json experiments/results/demo_palette.json

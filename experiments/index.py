@@ -127,7 +127,24 @@ def resists() -> Finding | None:
     return Finding(f"{told}, the whole model {number(whole)}", finals[best] > whole, where(runs))
 
 
+def _choices(subnets: tuple[str, ...], metric: str, names: dict[str, str]) -> Finding | None:
+    """Arms of the encoder's study side by side; same: the first is at least as good as the second, for each."""
+    runs = list(read("mlfs_choices").values())
+    arms = {arm: [run["scores"] for run in runs if run["arm"] == arm] for arm in names}
+    if not all(arms.values()):
+        return None
+    told, same, sign = [], True, -1 if metric == "loss" else 1
+    for subnet in subnets:
+        values = {arm: [sign * score[subnet][metric] for score in scores] for arm, scores in arms.items()}
+        means = [statistics.mean(v) for v in values.values()]
+        same &= means[0] >= means[1]
+        shown = (f"{names[arm]} {mean_and_spread([sign * x for x in v], accuracy)}" for arm, v in values.items())
+        told.append(f"{subnet}: {', '.join(shown)}")
+    return Finding(f"{metric}, {'; '.join(told)}", same, where([r for r in runs if r["arm"] in names]))
+
+
 ENCODER, DECODER = "python experiments/mlfs_encoder_palette.py", "python experiments/mlfs_decoder.py"
+CHOICES, ENDS = "python experiments/mlfs_choices.py", ("maxnet", "minnet")
 MLFS = (
     Row(
         "palette, accuracy",
@@ -153,12 +170,31 @@ MLFS = (
     ),
     Row(
         "equal total budget",
-        "[ours] as many small models as the palette has sizes, for the palette's steps together",
-        "",
+        "[ours] as many small models as the palette has sizes, for the palette's passes together",
+        CHOICES,
+        lambda: _choices(ENDS, "accuracy", {"three stages": "from the palette", "alone": "alone"}),
     ),
-    Row("stages", "three stages against one", ""),
-    Row("importance order", "[ours] the best k against the first k, encoders", ""),
-    Row("Fig. 2, gradient scaling", "it lowers the loss of the smallest subnet", ""),
+    Row(
+        "stages",
+        "three stages against one",
+        CHOICES,
+        lambda: _choices(ENDS, "accuracy", {"three stages": "three", "one stage": "one"}),
+        other="a small model in which all subnets can learn at once",
+    ),
+    Row(
+        "importance order",
+        "[ours] the best k against the first k, encoders",
+        CHOICES,
+        lambda: _choices(("minnet",), "accuracy", {"three stages": "best k", "first k": "first k"}),
+    ),
+    Row(
+        "Fig. 2, gradient scaling",
+        "it lowers the loss of the smallest subnet",
+        CHOICES,
+        lambda: _choices(
+            ("minnet",), "loss", {"gamma 1": "gamma 1", "three stages": "0", "gamma 0.5": "0.5", "gamma 2": "2"}
+        ),
+    ),
     Row(
         "Fig. 5, start",
         "a slice of the pretrained weights learns far faster than random weights",
@@ -322,8 +358,8 @@ def _index(rows: tuple[Row, ...]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-PARTS = ("demo", "execution", "encoder", "decoder", "spa", "latency", "gguf", "fuzz", "plans")
-PARTS += ("beside-peers", "sizes", "palette-cost", "side-memory", "network", "cloud")
+PARTS = ("demo", "execution", "encoder", "choices", "decoder", "spa", "latency", "gguf", "fuzz", "plans")
+PARTS += ("beside-peers", "sizes", "palette-cost", "side-memory", "input-pipeline", "network", "cloud")
 SECTIONS: dict[str, Callable[[], str]] = {
     "mlfs-index": lambda: _index(MLFS),
     "spa-index": lambda: _index(SPA),

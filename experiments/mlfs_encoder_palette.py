@@ -23,15 +23,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import tyro
+from alone import train_alone
 from rich.console import Console
 from rich.table import Table
 from store import load_results, save_result
 
 import mlfs_jax as mlfs
-from mlfs_jax.data.batches import Batches
 from mlfs_jax.evaluate import evaluate
 from mlfs_jax.subnet import num_params
-from mlfs_jax.supernet import Supernet
 
 RESULTS = Path(__file__).parent / "results" / "mlfs_encoder_palette.json"
 TASKS = ("wiki-topic", "movie")
@@ -71,24 +70,6 @@ def palette(fitted: mlfs.Fitted, data: dict) -> dict[str, dict]:
         score = {split: evaluate(small, data[split], fitted.task.metric) for split in ("validation", "test")}
         rows[name] = {"subnet": str(subnet), "share": num_params(config, subnet) / num_params(config), **score}
     return rows
-
-
-def truncated_baseline(fitted: mlfs.Fitted, data: dict) -> dict:
-    """LoRA on the first heads and neurons of the pretrained model, by the task's loss alone."""
-    config, stages = fitted.config, fitted.config.stages
-    model = mlfs.slice_subnet(config.load_model(fitted.task), fitted.space.named("quarter"))
-    steps, rank = sum(stage.steps for stage in stages), sum(stage.rank for stage in stages)
-    rate = max(stage.learning_rate for stage in stages)
-    stage = mlfs.Stage("baseline", "maxnet", steps, rate, rank)
-    distill, on_cpu = dataclasses.replace(config.distill, beta=0.0), jax.default_backend() == "cpu"
-    supernet = Supernet(model.config, distill, stage.optimizer(), unroll=on_cpu)
-    lora = mlfs.init_lora(jax.random.key(config.seed), model, rank=stage.rank, full=("head",))
-    state = jax.device_put(supernet.init({"lora": lora}), jax.devices()[0])
-    batches = Batches(data["train"], config.batch_size, seed=config.seed, buckets=config.buckets)
-    for step in range(stage.steps):
-        state, _ = supernet.step(state, model.base, batches[step], (), 0.0)
-    tuned = model.replace(base=mlfs.merge_lora(model.base, state.params["lora"]))
-    return {split: evaluate(tuned, data[split], fitted.task.metric) for split in ("validation", "test")}
 
 
 def report(preset: str, console: Console) -> None:
@@ -150,7 +131,9 @@ def main(options: Options) -> None:
             data = config.load_data(fitted.task, fitted.model)
             result = {"preset": options.preset, "task": task, "seed": seed, "device": jax.devices()[0].device_kind}
             result["config"] = json.loads(json.dumps(dataclasses.asdict(config)))
-            result |= {"palette": palette(fitted, data), "baseline": truncated_baseline(fitted, data)}
+            steps = sum(stage.steps for stage in config.stages)
+            alone = train_alone(fitted, data, fitted.space.named("quarter"), steps)
+            result |= {"palette": palette(fitted, data), "baseline": alone}
             save_result(RESULTS, key, result | {"seconds": round(time.time() - start)})
     report(options.preset, console)
 

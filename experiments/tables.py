@@ -93,6 +93,20 @@ def encoder() -> str:
     return markdown(("subnet", "share of the body", "test accuracy", "measured with", "preset"), cells)
 
 
+def choices() -> str:
+    runs, cells = list(read("mlfs_choices").values()), []
+    if not runs:
+        return NOTHING
+    names = list(runs[0]["scores"])
+    for arm in dict.fromkeys(run["arm"] for run in runs):
+        scores = [run["scores"] for run in runs if run["arm"] == arm]
+        shown = [mean_and_spread([score[name]["accuracy"] for score in scores], accuracy) for name in names]
+        cells.append([arm, *shown, mean_and_spread([score["minnet"]["loss"] for score in scores], accuracy)])
+    cells.sort(key=lambda row: (row[0] != "three stages", row[0]))
+    columns = ("way", *names, "loss of the minnet")
+    return f"Test accuracy, {where(runs)}.\n\n{markdown(columns, cells)}"
+
+
 def decoder() -> str:
     cells, whole = [], set()
     for preset in PRESETS:
@@ -249,6 +263,18 @@ def side_memory() -> str:
     ways = [way for way in found["cells"][0]["ways"] if way != "lora"]
     said = f"Bytes / FLOPs of a training step as shares of LoRA's (rank {found['rank']}), SmolLM2-135M in float32."
     return f"{said}\n\n{markdown(('batch', 'LoRA [GiB]', *ways), cells)}"
+
+
+def input_pipeline() -> str:
+    found = read("bench_input")
+    if not found:
+        return NOTHING
+    cells = [
+        [name, f"{1e3 * row['real']:.1f}", f"{row['ratio']:.3f}", f"{1e3 * row['batch']:.2f}"]
+        for name, row in found["rows"].items()
+    ]
+    columns = ("model", "a step with real data [ms]", "of one with a repeated batch", "making a batch alone [ms]")
+    return f"On {found['cpu']}.\n\n{markdown(columns, cells)}"
 
 
 def network() -> str:

@@ -17,7 +17,7 @@ import numpy as np
 from spa_jax.errors import WireError
 from spa_jax.fields import CODINGS, Flag, Maybe, OneOf, Positions, Real, Tensor, Text, Unfit, Whole, describe
 
-VERSION = 1
+VERSION = 2
 FRAME_BYTES = 4 * 2**20
 """How large a frame may be, unless a side says otherwise."""
 ERRORS = (

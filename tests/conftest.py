@@ -8,6 +8,7 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # On the CPU, where float32 is float32, unless the caller says otherwise: JAX_PLATFORMS=cuda pytest -m gpu
@@ -59,3 +60,16 @@ settings.register_profile(
 )
 settings.register_profile("ci", settings.get_profile("dev"), derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def free_programs():
+    """Let go of a file's compiled programs after it.
+
+    A program takes several memory maps, and Linux gives a process 65,530 (vm.max_map_count): kept for the whole run,
+    they use them up, and XLA's next compilation ends the process with a segmentation fault.
+    """
+    yield
+    import jax  # only now: the environment above must be set before
+
+    jax.clear_caches()

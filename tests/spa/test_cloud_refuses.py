@@ -104,8 +104,8 @@ def wrong_answers():
     yield "text", state, "hello", "bad-frame", "expected a binary frame"
     yield "nan", state, encode(SideState(3, g)).replace(b"\0\0\0\0", b"\0\0\xc0\x7f"), "bad-frame", "finite numbers"
     yield "cloud's frame", state, Token(1, "more"), "bad-frame", "expected a frame of hello, .*, got token"
-    version = msgpack.packb([2, 5, 3])
-    yield "newer", state, version, "protocol", "protocol version 2; this side speaks version 1"
+    version = msgpack.packb([3, 5, 3])
+    yield "newer", state, version, "protocol", "protocol version 3; this side speaks version 2"
     yield "silence", state, None, "timeout", "nothing was heard or taken for too long while writing"
 
 

@@ -73,6 +73,22 @@ floats = hnp.arrays(
 )
 
 
+def hartley(x):
+    """As docs/protocol.md defines it."""
+    n = np.arange(x.shape[-1])
+    angle = 2 * np.pi / len(n) * np.outer(n, n)
+    return x @ (np.cos(angle) + np.sin(angle)) / np.sqrt(len(n))
+
+
+def test_int8_bears_outliers():
+    """One channel forty times the others costs them nothing: the error stays that of a vector without one."""
+    plain = np.random.default_rng(0).standard_normal((1, 64, 576)).astype(np.float32)
+    spiked = plain.copy()
+    spiked[..., 7] = 40
+    errors = [np.sqrt(((expand(squeeze(x, "int8")) - x) ** 2).mean()) for x in (plain, spiked)]
+    assert errors[1] < 1.5 * errors[0] < 0.02
+
+
 @given(floats, st.sampled_from(CODINGS))
 def test_codings(taps, coding):
     """Each is as near as it promises, keeps each vector's own scale, and loses nothing the second time."""
@@ -80,7 +96,8 @@ def test_codings(taps, coding):
     back = decode(encode(message, coding)).taps
     near = {"fp32": 0, "fp16": 2**-11, "int8": 2**0.5 / 254}[coding]
     floor = {"fp32": 0, "fp16": 2**-24, "int8": 2**-21}[coding]
-    assert (np.abs(back - taps) <= near * np.abs(taps).max(-1, keepdims=True) * (1 + 1e-5) + floor).all()
+    sent, came = (hartley(taps), hartley(back)) if coding == "int8" else (taps, back)
+    assert (np.abs(came - sent) <= near * np.abs(sent).max(-1, keepdims=True) * (1 + 1e-4) + floor).all()
     np.testing.assert_array_equal(decode(encode(dataclasses.replace(message, taps=back), coding)).taps, back)
     np.testing.assert_array_equal(expand(squeeze(taps, coding)), back)
 
@@ -116,7 +133,7 @@ BAD = {
         bytes([0x94, VERSION, number(Error), 0]) + b"\xa2\xff\xff",
         "not a frame: msgpack says UnicodeDecodeError",
     ),
-    "other version": (frame(number(Bye), version=2), "protocol version 2; this side speaks version 1"),
+    "other version": (frame(number(Bye), version=1), "protocol version 1; this side speaks version 2"),
     "no type": (frame(99), "expected a frame of hello, welcome, .*, got type 99"),
     "missing": (frame(number(Token), 5), r"token: expected 2 fields \(token, end\), got 1"),
     "extra": (frame(number(Bye), 5), r"bye: expected 0 fields \(none\), got 1"),

@@ -1,0 +1,133 @@
+"""What the choices of MLFS are worth on an encoder: stages, gradient scaling, the order of importance, distillation;
+and against small models, each trained alone.
+
+    python experiments/mlfs_choices.py             # bert-tiny on wiki-topic, 3 seeds; about 20 minutes on one core
+    python experiments/mlfs_choices.py --report    # table and plot of what is there already
+
+All arms take the same steps over the same batches; each differs from "three stages" in what its name says. "alone" is
+the baseline at an equal total budget: the palette's sizes, each cut naively from the pretrained model and trained by
+itself, sharing as many passes through a network (a subnet's counts like the maxnet's) as the palette has taken.
+Numbers are of the test split.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import tyro
+from alone import train_alone
+from rich.console import Console
+from rich.table import Table
+from store import load_results, mean_and_spread, save_result
+
+import mlfs_jax as mlfs
+from mlfs_jax.evaluate import evaluate
+from mlfs_jax.timing import device_name
+
+RESULTS = Path(__file__).parent / "results" / "mlfs_choices.json"
+STEPS = (400, 400, 400)
+ARMS = {
+    "three stages": {},
+    "one stage": {"steps": (1, 1, sum(STEPS) - 2)},
+    "first k": {"reorder": False},
+    "gamma 0.5": {"gamma": 0.5},
+    "gamma 1": {"gamma": 1.0},
+    "gamma 2": {"gamma": 2.0},
+    "alpha 0": {"distill": mlfs.DistillConfig(alpha=0.0)},
+}
+ALONE = "alone"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to run."""
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    arms: tuple[str, ...] = (*ARMS, ALONE)
+    model: str = "bert-tiny"
+    task: str = "wiki-topic"
+    runs: Path = Path("runs/choices")
+    report: bool = False  # only print and plot what has been measured
+
+
+def config_for(options: Options, arm: str, seed: int) -> mlfs.FitConfig:
+    settings = {"steps": STEPS, "learning_rate": 2e-3, "rank": 16, "max_length": 48, "buckets": (48,)}
+    return mlfs.FitConfig(options.model, options.task, seed=seed, **settings | ARMS.get(arm, {}))
+
+
+def passes(config: mlfs.FitConfig, space: mlfs.SubnetSpace) -> int:
+    """Networks that a run trains, counted once for each step."""
+    return sum(stage.steps * (1 + len(stage.subnets(space, jax.random.key(0)))) for stage in config.stages)
+
+
+def measure(options: Options, arm: str, seed: int, console: Console) -> dict | None:
+    """Scores of every named subnet; None when the run was stopped."""
+    config = config_for(options, arm, seed)
+    name = "three stages" if arm == ALONE else arm
+    fitted = mlfs.fit(config, options.runs / name.replace(" ", "-") / str(seed), console=console)
+    if fitted is None:
+        return None
+    data, names = config.load_data(fitted.task, fitted.model), fitted.space.names()
+    if arm == ALONE:
+        steps = passes(config, fitted.space) // len(names)
+        console.print(f"each of {len(names)} alone for {steps} steps")
+        return {name: train_alone(fitted, data, subnet, steps)["test"] for name, subnet in names.items()}
+    cut = {name: mlfs.slice_subnet(fitted.merged, subnet) for name, subnet in names.items()}
+    return {name: evaluate(small, data["test"], fitted.task.metric) for name, small in cut.items()}
+
+
+def report(options: Options, console: Console) -> None:
+    """Mean and spread over seeds: accuracy of each named subnet, for every arm; a table and a picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    results = [r for r in load_results(RESULTS).values() if (r["model"], r["task"]) == (options.model, options.task)]
+    arms = {arm: [r["scores"] for r in results if r["arm"] == arm] for arm in (*ARMS, ALONE)}
+    arms = {arm: runs for arm, runs in arms.items() if runs}
+    if not arms:
+        console.print(f"nothing measured yet of {options.model} on {options.task}.")
+        return
+    names = list(next(iter(arms.values()))[0])
+    table = Table(title=f"{options.model}, {options.task}: test accuracy in percent, and loss of the smallest")
+    for column in ("arm", *names, "loss of minnet"):
+        table.add_column(column, justify="left" if column == "arm" else "right")
+    figure, panel = plt.subplots(figsize=(6, 4), layout="constrained")
+    for arm, runs in arms.items():
+        scores = {name: [100 * run[name]["accuracy"] for run in runs] for name in names}
+        loss = mean_and_spread([run["minnet"]["loss"] for run in runs], "{:.3f}".format)
+        table.add_row(arm, *map(mean_and_spread, scores.values()), loss)
+        panel.plot(names, [sum(s) / len(s) for s in scores.values()], marker="o", label=arm)
+    console.print(table)
+    panel.set(ylabel="test accuracy, percent", title=f"{options.model}, {options.task}")
+    panel.legend()
+    figure.savefig(RESULTS.with_suffix(".png"), dpi=120)
+    console.print(f"wrote {RESULTS.with_suffix('.png')}")
+
+
+def main(options: Options) -> None:
+    console = Console()
+    for seed in options.seeds if not options.report else ():
+        for arm in options.arms:
+            key = f"{options.model}/{options.task}/{arm}/{seed}"
+            config = json.loads(json.dumps(dataclasses.asdict(config_for(options, arm, seed))))
+            if load_results(RESULTS).get(key, {}).get("config") == config:
+                continue
+            console.print(f"[bold]{key}")
+            begin = time.process_time()
+            if (scores := measure(options, arm, seed, console)) is None:
+                return
+            result = {"model": options.model, "task": options.task, "arm": arm, "seed": seed, "config": config}
+            spent = {"device": device_name(), "cpu_seconds": round(time.process_time() - begin)}
+            save_result(RESULTS, key, result | {"scores": scores} | spent)
+    report(options, console)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
