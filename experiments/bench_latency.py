@@ -42,7 +42,7 @@ def main(options: Options) -> None:
     shape = {"vocab_size": 30522, "embed": 384, "layers": 6, "heads": 12, "head_dim": 32, "mlp": 1536}
     config = mlfs.EncoderConfig("bert", **shape, max_positions=512, type_vocab=2, head="sequence", labels=11)
     model = mlfs.init_model(config, jax.random.key(0))
-    space = mlfs.SubnetSpace.from_ratios(config, width=(1.0, 0.5, 0.25, 0.125))
+    space = mlfs.SubnetSpace(config, heads=(12, 6, 3, 1), mlp=(1536, 736, 352, 176))
     names = {name: space.named(name) for name in ("maxnet", "half", "quarter", "eighth")}
     small = {name: mlfs.slice_subnet(model, subnet) for name, subnet in names.items()}
     flops = {name: count_flops(slice_config(config, subnet), options.length) for name, subnet in names.items()}

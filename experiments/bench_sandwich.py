@@ -22,7 +22,15 @@ RESULT = Path(__file__).parent / "results" / "bench_sandwich.json"
 WHITTLE = (
     ("torch==2.13.0",),
     ("--no-deps", "whittle==0.6.0", "litgpt==0.5.12"),
-    ("torch==2.13.0", "lightning==2.5.0", "syne-tune==0.13.0", "transformers==4.53.3", "pyarrow<21", "boto3==1.34.147"),
+    (
+        "torch==2.13.0",
+        "lightning==2.5.0",
+        "syne-tune==0.13.0",
+        "transformers==4.53.3",
+        "pyarrow<21",
+        "boto3==1.34.147",
+        "psutil",
+    ),
 )
 WIDTHS = ((6, 1536), (3, 768), (2, 384))
 """Heads and mlp neurons: all, a half, a third and a quarter; with all layers or half of them."""

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import tables
 import tyro
-from store import mean_and_spread
+from store import final_score, mean_and_spread
 from tables import accuracy, chosen, number, read, share, where
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,7 +77,7 @@ def _encoder(better: Callable[[dict], tuple[float, float]], names: tuple[str, st
 
 
 def _score(run: dict, name: str) -> float:
-    return (run["palette"][name] if name in run["palette"] else run[name])["test"]["accuracy"]
+    return final_score(run["palette"][name] if name in run["palette"] else run[name])
 
 
 def palette_kept() -> Finding | None:
@@ -191,9 +191,7 @@ MLFS = (
         "Fig. 2, gradient scaling",
         "it lowers the loss of the smallest subnet",
         CHOICES,
-        lambda: _choices(
-            ("minnet",), "loss", {"gamma 1": "gamma 1", "three stages": "0", "gamma 0.5": "0.5", "gamma 2": "2"}
-        ),
+        lambda: _choices(("minnet",), "loss", {"gamma 1": "gamma 1", "three stages": "0", "gamma 2": "2"}),
     ),
     Row(
         "Fig. 5, start",

@@ -10,6 +10,7 @@ subnet of about 2/3 of the body's parameters on the same batches; the whole mode
 
     python experiments/mlfs_decoder.py                      # 3 seeds x 8 arms: hours on 2 cores
     python experiments/mlfs_decoder.py --preset h200        # longer texts and runs, for a GPU
+    python experiments/mlfs_decoder.py --preset paper --task code.jsonl    # santacoder, from the hub, on your code
     python experiments/mlfs_decoder.py --report             # table and plot of what is there already
 
 Every curve is written as it comes (experiments/results/mlfs_decoder.json). Seeds differ in the order of the data and
@@ -23,6 +24,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import jax
 import numpy as np
@@ -72,8 +74,9 @@ ARMS = (
 
 @dataclass(frozen=True)
 class Preset:
-    """How long; ``length`` in tokens, ``every`` in steps between evaluations of ``limit`` validation blocks."""
+    """Of which model, how long; ``length`` in tokens, ``every`` in steps between evaluations of ``limit`` blocks."""
 
+    model: str
     steps: int
     batch_size: int
     length: int
@@ -84,17 +87,25 @@ class Preset:
 
 
 PRESETS = {
-    "cpu": Preset(steps=60, batch_size=4, length=64, every=15, limit=32, rank=16, learning_rate=2e-3),
-    "h200": Preset(steps=1500, batch_size=32, length=256, every=100, limit=800, rank=16),
+    "cpu": Preset("smollm2-135m", steps=60, batch_size=4, length=64, every=15, limit=32, rank=16, learning_rate=2e-3),
+    "h200": Preset("smollm2-135m", steps=1500, batch_size=32, length=256, every=100, limit=800, rank=16),
+    "paper": Preset("bigcode/gpt_bigcode-santacoder", steps=10000, batch_size=32, length=1024, every=1000, limit=800),
 }
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to run."""
+    """What to run.
+
+    Attributes:
+        model: another than the preset's: a name, a hub id (codellama/CodeLlama-7b-hf), or a Hugging Face folder.
+        task: "wiki-lm", or a file or folder of texts; the paper's code is not published.
+    """
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    preset: str = "cpu"
+    preset: Literal["cpu", "h200", "paper"] = "cpu"
+    model: str | None = None
+    task: str = "wiki-lm"
     arms: tuple[str, ...] = tuple(arm.name for arm in ARMS)
     report: bool = False  # only print and plot what has been measured
 
@@ -191,7 +202,7 @@ def report(preset: str, console: Console) -> None:
     if not results:
         console.print(f"nothing measured yet with preset {preset}.")
         return
-    table = Table(title=f"validation perplexity of subnets of SmolLM2-135M on Wikipedia leads ({preset})")
+    table = Table(title="validation perplexity of subnets of {model} on {task}".format(**results[0]["config"]))
     for column in ("arm", "share of the body", "at the start", "at the end", "seeds"):
         table.add_column(column, justify="left" if column == "arm" else "right")
     figure, panel = plt.subplots(figsize=(7, 4.5), layout="constrained")
@@ -219,12 +230,13 @@ def main(options: Options) -> None:
     console, preset = Console(), PRESETS[options.preset]
     if options.report:
         return report(options.preset, console)
-    plain = mlfs.from_pretrained("smollm2-135m")
-    data = load_task("wiki-lm", plain.source, max_length=preset.length)
+    preset = dataclasses.replace(preset, model=options.model or preset.model)
+    plain = mlfs.from_pretrained(preset.model)
+    data = load_task(options.task, plain.source, max_length=preset.length)
     data["validation"] = data["validation"].subset(preset.limit)
     teacher = evaluate(plain, data["validation"], "perplexity")["perplexity"]
     best, ranked = ordered_model(plain, data["train"], preset)
-    config, device = dataclasses.asdict(preset), device_name()
+    config, device = dataclasses.asdict(preset) | {"task": options.task}, device_name()
     for seed in options.seeds:
         lessons = Lessons(plain, data["train"], preset, seed)
         for arm in (arm for arm in ARMS if arm.name in options.arms):
@@ -236,12 +248,7 @@ def main(options: Options) -> None:
             student = mlfs.slice_subnet(best if arm.ordered else plain, subnet)
             curve = train(arm, seed, plain, student, lessons, data["validation"], preset)
             share = num_params(plain.config, subnet) / num_params(plain.config)
-            result = {
-                "preset": options.preset,
-                "arm": arm.name,
-                "seed": seed,
-                "config": config | dataclasses.asdict(arm),
-            }
+            result = {"preset": options.preset, "arm": arm.name, "seed": seed, "config": asked}
             result |= {"subnet": str(subnet), "share": share, "teacher": teacher, "curve": curve, "device": device}
             save_result(RESULTS, key, result | {"seconds": round(time.time() - start)})
             console.print(f"{key}: " + ", ".join(f"{step}: {value:.1f}" for step, value in curve.items()))

@@ -6,10 +6,12 @@ pretrained model, no importance, no teacher; as many adapter parameters and as m
 
     python experiments/mlfs_encoder_palette.py                        # 3 seeds x 2 tasks; hours on 2 cores
     python experiments/mlfs_encoder_palette.py --preset h200          # longer, for a GPU
+    python experiments/mlfs_encoder_palette.py --preset paper         # BERT-base on GLUE: for a hub and a TPU
     python experiments/mlfs_encoder_palette.py --report               # table and plot of what is there already
 
 Every seed's result is written as it comes (experiments/results/mlfs_encoder_palette.json); what is stopped goes on
-where it was. Choices are made on the validation split; the numbers are of the test split.
+where it was. Choices are made on the validation split; the numbers are of the test split (GLUE has none: as in the
+paper, its are of the validation split; tensorflow-datasets' folder is $TFDS_DATA_DIR).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import jax
 import numpy as np
@@ -26,14 +29,15 @@ import tyro
 from alone import train_alone
 from rich.console import Console
 from rich.table import Table
-from store import load_results, save_result
+from store import final_score, load_results, mean_and_spread, save_result
 
 import mlfs_jax as mlfs
+from mlfs_jax.data.glue import GLUE
 from mlfs_jax.evaluate import evaluate
 from mlfs_jax.subnet import num_params
 
 RESULTS = Path(__file__).parent / "results" / "mlfs_encoder_palette.json"
-TASKS = ("wiki-topic", "movie")
+MODELS = {"cpu": "minilm-l6", "h200": "minilm-l6", "paper": "google-bert/bert-base-uncased"}
 
 # Small batches: at equal cost more steps. Stage 1, where the narrow subnets learn, is the long one.
 LONG = {"rank": (8, 32, 8), "random_subnets": (0, 0, 1), "learning_rate": (7e-4, 7e-4, 2e-4)}
@@ -43,31 +47,41 @@ PRESETS = {
         "wiki-topic": {"steps": (200, 900, 200), "batch_size": 16, "max_length": 48, "buckets": (48,), **LONG},
         "movie": {"steps": (600, 900, 200), "batch_size": 16, "max_length": 64, "buckets": (32, 64), **LONG},
     },
-    "h200": {task: {"steps": (450, 1800, 600), "batch_size": 32, **LONG} for task in TASKS},
+    "h200": {task: {"steps": (450, 1800, 600), "batch_size": 32, **LONG} for task in ("wiki-topic", "movie")},
+    # [paper] rank 8, alpha 0.9, beta 0.1; its steps and rates are not published
+    "paper": {task: {"steps": (1000, 3000, 3000), "learning_rate": 5e-4, "max_length": 128} for task in GLUE},
 }
+ALONE = "baseline: cut to a quarter, LoRA"
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to run."""
+    """What to run.
 
-    tasks: tuple[str, ...] = TASKS
+    Attributes:
+        tasks: the preset's when empty.
+        model: another than the preset's: a name, a hub id, or a Hugging Face folder.
+    """
+
+    tasks: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2)
-    preset: str = "cpu"
+    preset: Literal["cpu", "h200", "paper"] = "cpu"
+    model: str | None = None
     runs: Path = Path("runs/encoder_palette")
     report: bool = False  # only print and plot what has been measured
 
 
-def config_for(task: str, seed: int, preset: str) -> mlfs.FitConfig:
-    return mlfs.FitConfig(model="minilm-l6", task=task, seed=seed, **PRESETS[preset][task])
+def config_for(options: Options, task: str, seed: int) -> mlfs.FitConfig:
+    model = options.model or MODELS[options.preset]
+    return mlfs.FitConfig(model=model, task=task, seed=seed, **PRESETS[options.preset][task])
 
 
 def palette(fitted: mlfs.Fitted, data: dict) -> dict[str, dict]:
-    """Accuracy and size of the named subnets."""
+    """Scores and sizes of the named subnets."""
     rows, config, merged = {}, fitted.model.config, fitted.merged
     for name, subnet in fitted.space.names().items():
         small = mlfs.slice_subnet(merged, subnet)
-        score = {split: evaluate(small, data[split], fitted.task.metric) for split in ("validation", "test")}
+        score = {split: evaluate(small, data[split], fitted.task.metric) for split in data if split != "train"}
         rows[name] = {"subnet": str(subnet), "share": num_params(config, subnet) / num_params(config), **score}
     return rows
 
@@ -79,35 +93,34 @@ def report(preset: str, console: Console) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    results = {key: r for key, r in load_results(RESULTS).items() if r["preset"] == preset}
-    tasks = [task for task in TASKS if any(r["task"] == task for r in results.values())]
+    results = [r for r in load_results(RESULTS).values() if r["preset"] == preset]
+    tasks = [task for task in PRESETS[preset] if any(r["task"] == task for r in results)]
     if not tasks:
         console.print(f"nothing measured yet with preset {preset}.")
         return
     figure, panels = plt.subplots(1, len(tasks), figsize=(5 * len(tasks), 4), squeeze=False)
     for panel, task in zip(panels[0], tasks, strict=True):
-        runs = [r for r in results.values() if r["task"] == task]
-        table = Table(title=f"{task}: test accuracy, mean and standard deviation of {len(runs)} seeds ({preset})")
-        for column in ("subnet", "share of parameters", "accuracy", "of the maxnet's"):
+        runs = [r for r in results if r["task"] == task]
+        table = Table(title=f"{task}: mean and standard deviation of {len(runs)} seeds ({preset})")
+        for column in ("subnet", "share of parameters", "score", "of the maxnet's"):
             table.add_column(column, justify="left" if column == "subnet" else "right")
-        maxnet = np.array([r["palette"]["maxnet"]["test"]["accuracy"] for r in runs])
-        shares, means, spreads = [], [], []
-        for name, row in runs[0]["palette"].items():
-            accuracy = np.array([r["palette"][name]["test"]["accuracy"] for r in runs])
-            kept = accuracy / maxnet
-            score, of_maxnet = (f"{x.mean():.4f} ± {x.std(ddof=1):.4f}" for x in (accuracy, kept))
-            table.add_row(f"{name} ({row['subnet']})", f"{row['share']:.3f}", score, of_maxnet)
-            shares, means = [*shares, row["share"]], [*means, accuracy.mean()]
-            spreads = [*spreads, accuracy.std(ddof=1)]
-        baseline = np.array([r["baseline"]["test"]["accuracy"] for r in runs])
-        quarter = runs[0]["palette"]["quarter"]["share"]
-        score, of_maxnet = (f"{x.mean():.4f} ± {x.std(ddof=1):.4f}" for x in (baseline, baseline / maxnet))
-        table.add_row("baseline: truncated quarter, LoRA", f"{quarter:.3f}", score, of_maxnet)
+        scores = {name: [final_score(r["palette"][name]) for r in runs] for name in runs[0]["palette"]}
+        shares = {name: row["share"] for name, row in runs[0]["palette"].items()}
+        scores[ALONE], shares[ALONE] = (
+            [final_score(r["baseline"]) for r in runs],
+            shares.get("quarter", shares["minnet"]),
+        )
+        for name, values in scores.items():
+            kept = [score / whole if whole else np.nan for score, whole in zip(values, scores["maxnet"], strict=True)]
+            shown = (mean_and_spread(x, "{:.4f}".format) for x in (values, kept))
+            table.add_row(name, f"{shares[name]:.3f}", *shown)
         console.print(table)
-        panel.errorbar(shares, means, spreads, marker="o", capsize=3, label="MLFS palette")
-        spread = baseline.std(ddof=1)
-        panel.errorbar([quarter], baseline.mean(), spread, marker="s", capsize=3, label="truncated + LoRA")
-        panel.set(title=task, xlabel="share of the maxnet's non-embedding parameters", ylabel="test accuracy")
+        for names, marker in (([name for name in scores if name != ALONE], "o-"), ([ALONE], "s")):
+            means = [np.mean(scores[name]) for name in names]
+            spreads = [np.std(scores[name], ddof=len(runs) > 1) for name in names]
+            label = "MLFS palette" if len(names) > 1 else ALONE
+            panel.errorbar([shares[name] for name in names], means, spreads, fmt=marker, capsize=3, label=label)
+        panel.set(title=task, xlabel="share of the maxnet's non-embedding parameters", ylabel="score")
         panel.legend(loc="lower right")
     figure.tight_layout()
     figure.savefig(RESULTS.with_suffix(".png"), dpi=120)
@@ -117,9 +130,9 @@ def report(preset: str, console: Console) -> None:
 def main(options: Options) -> None:
     console = Console()
     for seed in options.seeds if not options.report else ():
-        for task in options.tasks:
+        for task in options.tasks or PRESETS[options.preset]:
             key = f"{options.preset}/{task}/{seed}"
-            config = config_for(task, seed, options.preset)
+            config = config_for(options, task, seed)
             done = load_results(RESULTS).get(key)
             if done and done["config"] == json.loads(json.dumps(dataclasses.asdict(config))):
                 continue

@@ -80,7 +80,7 @@ PRESETS = {
     "cpu": Preset(train=1000, test=256, calibration=128, max_length=96, buckets=(64, 96)),
     "h200": Preset(epochs=8, batch_size=64, cache="ram", cache_gb=40.0),
     "paper": Preset(
-        model="llama-7b",
+        model="huggyllama/llama-7b",
         tasks=("xsum", "cnn_dailymail", "coqa", "sciq"),
         train=20000,
         test=1000,

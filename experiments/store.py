@@ -24,6 +24,12 @@ def save_result(file: Path, key: str, result: dict) -> None:
         fresh.replace(file)
 
 
+def final_score(scores: dict[str, dict[str, float]]) -> float:
+    """The task's metric, of the test split; of the validation split where the test labels are secret (GLUE)."""
+    of = scores["test"] if "test" in scores else scores["validation"]
+    return next(value for name, value in of.items() if name != "loss")
+
+
 def mean_and_spread(values: Sequence[float], show: Callable[[float], str] = "{:.1f}".format) -> str:
     """ "12.3 ± 0.4": mean and standard deviation over seeds; of a single one, itself."""
     spread = f" ± {show(statistics.stdev(values))}" if len(values) > 1 else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from store import load_results, mean_and_spread
+from store import final_score, load_results, mean_and_spread
 
 RESULTS = Path(__file__).parent / "results"
 PRESETS = ("h200", "cpu")
@@ -83,14 +83,14 @@ def encoder() -> str:
         for task in dict.fromkeys(run["task"] for run in results):
             runs = [run for run in results if (run["preset"], run["task"]) == (preset, task)]
             for name in runs[0]["palette"] if runs else ():
-                scores = [run["palette"][name]["test"]["accuracy"] for run in runs]
+                scores = [final_score(run["palette"][name]) for run in runs]
                 size = runs[0]["palette"][name]["share"]
                 cells.append([f"{task}, {name}", f"{size:.2f}", mean_and_spread(scores, accuracy), where(runs), preset])
-            if alone := [run["baseline"]["test"]["accuracy"] for run in runs if "baseline" in run]:
+            if alone := [final_score(run["baseline"]) for run in runs if "baseline" in run]:
                 size = runs[0]["palette"]["quarter"]["share"]
                 what = f"{task}, *cut to a quarter, trained alone*"
                 cells.append([what, f"{size:.2f}", mean_and_spread(alone, accuracy), where(runs), preset])
-    return markdown(("subnet", "share of the body", "test accuracy", "measured with", "preset"), cells)
+    return markdown(("subnet", "share of the body", "test score", "measured with", "preset"), cells)
 
 
 def choices() -> str:

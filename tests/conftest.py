@@ -1,9 +1,11 @@
 """Settings that every test shares. They must be in the environment before jax is first imported."""
 
 import hashlib
+import importlib
 import os
 import platform
 import signal
+import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -73,3 +75,41 @@ def free_programs():
     import jax  # only now: the environment above must be set before
 
     jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def glue_dir(tmp_path_factory):
+    """A folder of tensorflow-datasets with three small tasks of GLUE."""
+    pytest.importorskip("tensorflow_datasets")
+    from tests.prepared import prepare_glue
+
+    folder = tmp_path_factory.mktemp("glue")
+    prepare_glue(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prompted_dir(tmp_path_factory):
+    """A folder of tensorflow-datasets with small sets of the names and fields of SPA's."""
+    pytest.importorskip("tensorflow_datasets")
+    from tests.prepared import prepare_prompted
+
+    folder = tmp_path_factory.mktemp("prompted")
+    prepare_prompted(folder)
+    return folder
+
+
+@pytest.fixture
+def experiment(monkeypatch, tmp_path):
+    """Import an experiment as its command does, with its results in a temporary folder."""
+    folder = Path(__file__).resolve().parents[1] / "experiments"
+    monkeypatch.syspath_prepend(str(folder))
+
+    def load(name: str):
+        module = importlib.import_module(name)
+        monkeypatch.setattr(module, "RESULTS", tmp_path / f"{name}.json")
+        return module
+
+    yield load
+    for name in [n for n, m in sys.modules.items() if str(getattr(m, "__file__", "")).startswith(str(folder))]:
+        del sys.modules[name]

@@ -1,6 +1,7 @@
 """tensorflow-datasets' array_record files, read without TensorFlow."""
 
 import importlib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -26,6 +27,7 @@ def open_dataset(
         raise DownloadError(
             f"{name!r} is read with tensorflow-datasets: `pip install 'mlfs-jax[tfds]'` first ({e})."
         ) from e
+    data_dir = data_dir or os.environ.get("TFDS_DATA_DIR")  # its own look at it was at import
     try:
         sources = tfds.data_source(
             name,

@@ -6,22 +6,19 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 
-jax.config.update("jax_num_cpu_devices", 8)
-
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import optax  # noqa: E402
-
-import mlfs_jax as mlfs  # noqa: E402
-from mlfs_jax.backbone.tree import map_named  # noqa: E402
-from mlfs_jax.checkpoint import Checkpoints  # noqa: E402
-from mlfs_jax.distill import DistillConfig, init_projection  # noqa: E402
-from mlfs_jax.lora import lora_axes  # noqa: E402
-from mlfs_jax.model import abstract  # noqa: E402
-from mlfs_jax.sharding import shard_cache, sharding_of  # noqa: E402
-from mlfs_jax.supernet import Supernet, state_places  # noqa: E402
-from tests.mlfs.tiny import random_lora, tiny_decoder, tiny_tokens  # noqa: E402
+import mlfs_jax as mlfs
+from mlfs_jax.backbone.tree import map_named
+from mlfs_jax.checkpoint import Checkpoints
+from mlfs_jax.distill import DistillConfig, init_projection
+from mlfs_jax.lora import lora_axes
+from mlfs_jax.model import abstract
+from mlfs_jax.sharding import shard_cache, sharding_of
+from mlfs_jax.supernet import Supernet, state_places
+from tests.mlfs.tiny import random_lora, tiny_decoder, tiny_tokens
 
 STEPS = 3
 ROPE = mlfs.Rope(10000.0, 8)

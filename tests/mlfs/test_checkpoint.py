@@ -1,7 +1,6 @@
 """Checkpoints: bit by bit, atomic, and refused by name when anything about them is wrong."""
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -107,8 +106,9 @@ with Checkpoints(sys.argv[1]) as c:
         state, _ = c.restore({"w": target})
         assert state["w"].sharding == new and (np.asarray(state["w"]) == w).all()
 """
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], env=virtual_devices(4), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "orbax" not in done.stderr  # its log lines are kept from the user
 

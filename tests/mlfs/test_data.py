@@ -13,7 +13,7 @@ from mlfs_jax import registry
 from mlfs_jax.data import Batches, Encoded, Examples, encode, eval_batches, get_task, load_task, task_names
 from mlfs_jax.data.batches import buckets_up_to
 from mlfs_jax.data.examples import split_by_hash
-from mlfs_jax.data.glue import GLUE, read_glue
+from mlfs_jax.data.glue import GLUE
 from mlfs_jax.data.tokenizer import load_tokenizer
 from mlfs_jax.errors import ConfigError, DataError, DownloadError, UnknownNameError
 
@@ -215,53 +215,6 @@ def test_missing_and_strange_files(tmp_path):
 
 
 # --- GLUE through tensorflow-datasets, without TensorFlow -----------------------------------------------------
-
-
-SENTENCE = ("sentence\tlabel", lambda i: f"a film é {i}\t{i % 2}")
-SCORE = ("index\tsentence1\tsentence2\tscore", lambda i: f"{i}\tone {i}\ttwo {i}\t{i * 0.5}")
-UNSEEN = ("index\tsentence1\tsentence2", lambda i: f"{i}\ta\tb")
-MNLI_LABELS = ("entailment", "neutral", "contradiction")
-
-
-def mnli(file):
-    header = "index\tsentence1\tsentence2\tgold_label"
-    return header, lambda i: f"{i}\tp {file} {i}\th {i}\t{MNLI_LABELS[i % 3]}"
-
-
-# config -> folder, {file: (header, row of a number, rows)}: GLUE's own download format
-GLUE_TSV = {
-    "sst2": (
-        "SST-2",
-        {"train": (*SENTENCE, 9), "dev": (*SENTENCE, 4), "test": ("index\tsentence", lambda i: f"{i}\tunseen", 1)},
-    ),
-    "stsb": ("STS-B", {"train": (*SCORE, 8), "dev": (*SCORE, 4), "test": (*UNSEEN, 1)}),
-    "mnli": (
-        "MNLI",
-        {f: (*mnli(f), n) for f, n in (("train", 9), ("dev_matched", 3), ("dev_mismatched", 4))}
-        | {f: (*UNSEEN, 1) for f in ("test_matched", "test_mismatched")},
-    ),
-}
-
-
-def glue_download(folder, config):
-    name, files = GLUE_TSV[config]
-    (folder / name).mkdir(parents=True)
-    for file, (header, row, n) in files.items():
-        write(folder / name / f"{file}.tsv", "\n".join([header, *map(row, range(n))]) + "\n")
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def glue_dir(tmp_path_factory):
-    """glue/sst2, glue/stsb and glue/mnli, prepared by their own builder from a faked download."""
-    tfds = pytest.importorskip("tensorflow_datasets")
-    folder = tmp_path_factory.mktemp("tfds")
-    with pytest.MonkeyPatch.context() as m:
-        for config in ("sst2", "stsb", "mnli"):
-            raw = glue_download(folder / "raw", config)
-            m.setattr(tfds.download.DownloadManager, "download_and_extract", lambda self, url, raw=raw: raw)
-            read_glue(f"glue/{config}", folder / "data")
-    return folder / "data"
 
 
 def test_glue_sst2(glue_dir):

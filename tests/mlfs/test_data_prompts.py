@@ -5,13 +5,13 @@ import json
 import sys
 import types
 
-import numpy as np
 import pytest
 
 from mlfs_jax.data import get_task, task_names
 from mlfs_jax.data.examples import text_hash
 from mlfs_jax.data.prompted_sets import PROMPTED_SETS, read_prompted
 from mlfs_jax.errors import ConfigError, DataError, DownloadError, UnknownNameError
+from tests.prepared import RECORDS, SIZES
 
 
 def write(path, content):
@@ -153,77 +153,23 @@ def test_options_that_make_no_sense(tmp_path):
 # --- XSum, CNN/DailyMail, CoQA, SciQ --------------------------------------------------------------------------
 
 
-def coqa(i):
-    questions = [f"who {i} {k}?" for k in range(4)]
-    answers = {"input_text": [f"é {k}" for k in range(4)], "answer_start": [0] * 4, "answer_end": [1] * 4}
-    return {"source": "made up", "story": f"story {i}.", "questions": questions, "answers": answers}
-
-
-RECORDS = {
-    "xsum": lambda i: {"document": f"é article {i}.", "summary": "" if i == 2 else f"summary {i}"},
-    "cnn_dailymail": lambda i: {"article": f"article {i}.", "highlights": f"one {i}\ntwo", "publisher": "x", "id": "y"},
-    "coqa": coqa,
-    "sciq": lambda i: {"question": f"why {i}?", "support": f"support {i}." if i % 2 else "", "correct_answer": f"a{i}"},
-}
-SIZES = {"train": 60, "validation": 3, "test": 4}
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    """All four, written by tensorflow-datasets as array_record files."""
-    tfds = pytest.importorskip("tensorflow_datasets")
-    folder, f = tmp_path_factory.mktemp("tfds"), tfds.features
-    turns = {"input_text": f.Text(), "answer_start": np.int32, "answer_end": np.int32}
-    features = {
-        "xsum": ("1.1.0", dict.fromkeys(("document", "summary"), f.Text())),
-        "cnn_dailymail": ("3.4.0", dict.fromkeys(("article", "highlights", "publisher", "id"), f.Text())),
-        "coqa": (
-            "1.0.0",
-            {"source": f.Text(), "story": f.Text(), "questions": f.Sequence(f.Text()), "answers": f.Sequence(turns)},
-        ),
-        "sciq": ("0.1.0", dict.fromkeys(("question", "support", "correct_answer"), f.Text())),
-    }
-    for dataset, (version, fields) in features.items():
-        sizes = {s: n for s, n in SIZES.items() if dataset != "coqa" or s != "validation"}
-
-        class Local(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-            name, VERSION = dataset, tfds.core.Version(version)
-            made_of, of, number = fields, RECORDS[dataset], sizes
-
-            @classmethod
-            def get_metadata(cls):
-                return None
-
-            def _info(self):
-                return tfds.core.DatasetInfo(builder=self, features=f.FeaturesDict(self.made_of))
-
-            def _split_generators(self, dl_manager):
-                return {split: self._generate_examples(n) for split, n in self.number.items()}
-
-            def _generate_examples(self, n):
-                return ((i, type(self).of(i)) for i in range(n))
-
-        Local(data_dir=str(folder), file_format="array_record").download_and_prepare()
-    return folder
-
-
 def whole(examples):
     return [t + tail + c for t, tail, c in zip(examples.texts, examples.tails, examples.completions, strict=True)]
 
 
-def test_summaries(prepared):
-    task = get_task("xsum", data_dir=prepared)
+def test_summaries(prompted_dir):
+    task = get_task("xsum", data_dir=prompted_dir)
     splits = task.read()
     assert (task.problem, task.metric, task.template) == ("seq2seq", "rougeL", "{text}\n\nTL;DR:")
     assert {s: len(e) for s, e in splits.items()} == {"train": 59, "validation": 2, "test": 3}  # one has no summary
     assert "é article 1.\n\nTL;DR: summary 1" in whole(splits["test"])
-    news = get_task("cnn_dailymail", data_dir=prepared).read()
+    news = get_task("cnn_dailymail", data_dir=prompted_dir).read()
     assert {s: len(e) for s, e in news.items()} == SIZES
     assert "article 1.\n\nTL;DR: one 1\ntwo" in whole(news["train"])
 
 
-def test_conversations(prepared):
-    splits = get_task("coqa", data_dir=prepared).read()
+def test_conversations(prompted_dir):
+    splits = get_task("coqa", data_dir=prompted_dir).read()
     assert len(splits["test"]) == 16
     for i in range(4):
         assert f"story {i}.\n\nQ: who {i} 0?\nA: é 0" in whole(splits["test"])
@@ -236,19 +182,19 @@ def test_conversations(prepared):
     assert len(splits["train"]) == 4 * len(stories["train"])
 
 
-def test_science_questions(prepared):
-    splits = get_task("sciq", data_dir=prepared).read()
+def test_science_questions(prompted_dir):
+    splits = get_task("sciq", data_dir=prompted_dir).read()
     assert {s: len(e) for s, e in splits.items()} == SIZES
     assert "support 1.\n\nQuestion: why 1?\nAnswer: a1" in whole(splits["test"])
     assert "Question: why 2?\nAnswer: a2" in whole(splits["test"])  # without a support
 
 
-def test_a_record_without_its_fields(prepared, monkeypatch):
+def test_a_record_without_its_fields(prompted_dir, monkeypatch):
     monkeypatch.setitem(RECORDS, "xsum", None)
     wrong = PROMPTED_SETS["xsum"].__class__(**vars(PROMPTED_SETS["xsum"]) | {"rows": PROMPTED_SETS["sciq"].rows})
     monkeypatch.setitem(PROMPTED_SETS, "xsum", wrong)
     with pytest.raises(DataError, match=r"xsum train, record 0: no field 'support'; it has \['document', 'summary'\]"):
-        read_prompted("xsum", prepared)
+        read_prompted("xsum", prompted_dir)
 
 
 @pytest.fixture

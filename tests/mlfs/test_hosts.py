@@ -17,6 +17,7 @@ from mlfs_jax.cli import main
 from mlfs_jax.errors import ConfigError
 from mlfs_jax.hosts import LOST, Hosts
 from mlfs_jax.run import Run
+from tests.virtual_devices import virtual_devices
 
 ROOT = Path(__file__).resolve().parents[2]
 HEARTBEAT = 5
@@ -55,8 +56,10 @@ def two(arguments, cache: Path, devices: int = 1, cluster: dict | None = None):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # programs are compiled once: process 0 leaves them to the next start
-    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": str(devices)}
-    env |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    env = virtual_devices(devices) | {
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     each = []
     for i in range(2):
         command = [sys.executable, "-m", "mlfs_jax.cli", *arguments, "--heartbeat", str(HEARTBEAT)]

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,14 +21,16 @@ from mlfs_jax.model import abstract, forward
 from mlfs_jax.plan import plan
 from mlfs_jax.published import SHAPES, config_of
 from tests.mlfs.tiny import tiny_decoder, tiny_tokens
+from tests.virtual_devices import virtual_devices
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def python(*args: str, timeout: int = 280) -> dict:
     """What a process of its own prints, as JSON."""
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, *args], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
+    done = subprocess.run(
+        [sys.executable, *args], cwd=ROOT, env=virtual_devices(8), capture_output=True, text=True, timeout=timeout
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout[done.stdout.index("{") :])
 

@@ -1,7 +1,6 @@
 """On 8 virtual devices: the losses of one device, an eighth of the bytes, one compile."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 import mlfs_jax as mlfs
 from mlfs_jax.errors import ConfigError, UnknownNameError
 from mlfs_jax.sharding import spec_of
+from tests.virtual_devices import virtual_devices
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,7 +22,7 @@ def report(tmp_path_factory):
     done = subprocess.run(
         [sys.executable, "-m", "tests.mlfs.eight_devices", str(tmp_path_factory.mktemp("sharded"))],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=virtual_devices(8),
         capture_output=True,
         text=True,
         timeout=280,

@@ -5,7 +5,6 @@ import dataclasses
 import subprocess
 import sys
 from functools import cache
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +29,7 @@ from spa_jax.seam import Setting
 from tests.mlfs.tiny import tiny_decoder
 from tests.spa.runtime import check_no_weights
 from tests.spa.tiny_side import LADDER, PLUGIN, tiny_side
+from tests.virtual_devices import virtual_devices
 
 MODEL = tiny_decoder("llama", max_positions=64)
 BASE = base_fingerprint(MODEL.config, MODEL.base)
@@ -202,7 +202,7 @@ def test_a_cloud_on_a_mesh():
     """Base and cache over two devices, in a process that has them: the same tokens, gates and activations."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.spa.two_devices"],
-        cwd=Path(__file__).parents[2],
+        env=virtual_devices(2),
         capture_output=True,
         text=True,
         timeout=200,

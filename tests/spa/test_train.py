@@ -23,6 +23,7 @@ from spa_jax.plugin import load_plugin, save_plugin
 from spa_jax.train import SideTrainer, fit, fit_users, load_run
 from tests.spa.conftest import save_tokenizer
 from tests.spa.tiny_side import LADDER, PLUGIN
+from tests.virtual_devices import virtual_devices
 
 QUIET = Console(quiet=True)
 
@@ -89,7 +90,7 @@ def test_on_a_mesh_the_losses_are_those_of_one_device(config, tmp_path):
     flags += " --side.width 8 --side.every 2 --side.heads 2 --side.mlp 6 --save-every 2"
     done = subprocess.run(
         [sys.executable, "-m", "spa_jax.cli", "fit", *flags.split(), "--out", str(tmp_path / "two")],
-        env=os.environ | {"JAX_NUM_CPU_DEVICES": "2"},
+        env=virtual_devices(2),
         capture_output=True,
         text=True,
     )

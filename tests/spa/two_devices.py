@@ -1,15 +1,11 @@
 """A cloud on a mesh says what it says on one device. Run by test_split_runtime in a process with two CPU devices."""
 
-import jax
+import numpy as np
 
-jax.config.update("jax_num_cpu_devices", 2)
-
-import numpy as np  # noqa: E402
-
-from mlfs_jax.sharding import make_mesh  # noqa: E402
-from spa_jax.cloud_model import DecoderCloud  # noqa: E402
-from tests.mlfs.tiny import tiny_decoder  # noqa: E402
-from tests.spa.fake_models import hello  # noqa: E402
+from mlfs_jax.sharding import make_mesh
+from spa_jax.cloud_model import DecoderCloud
+from tests.mlfs.tiny import tiny_decoder
+from tests.spa.fake_models import hello
 
 
 def conversation(mesh):
