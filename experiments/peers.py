@@ -67,10 +67,10 @@ class Worker:
         return self._read()
 
     def _read(self) -> dict:
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self.process.args[1]} ended (status {self.process.wait()}): see what it said above.")
-        return json.loads(line)
+        for line in self.process.stdout:
+            if line.startswith("{"):  # else what a library of the worker has to say
+                return json.loads(line)
+        raise SystemExit(f"{self.process.args[1]} ended (status {self.process.wait()}): see what it said above.")
 
 
 def take_turns(sides: Mapping[str, Worker], tasks: Sequence[dict]) -> dict[str, dict]:

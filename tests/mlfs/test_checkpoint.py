@@ -17,6 +17,7 @@ import pytest
 
 from mlfs_jax.checkpoint import MANIFEST, Checkpoints
 from mlfs_jax.errors import CheckpointError
+from tests.virtual_devices import virtual_devices
 
 
 class Moments(NamedTuple):

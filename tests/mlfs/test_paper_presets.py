@@ -36,7 +36,7 @@ def test_a_language_model_on_code(experiment, monkeypatch, tmp_path, tiny_hf):
     assert "santacoder" in preset.model
     smaller = dataclasses.replace(preset, steps=2, batch_size=2, length=16, every=1, limit=2)
     monkeypatch.setitem(script.PRESETS, "paper", smaller)
-    model = tiny_decoder("mqa-learned", family="gpt_bigcode", vocab_size=24, head_bias=False)
+    model = tiny_decoder("mqa-learned", family="gpt_bigcode", vocab_size=24, head_bias=False, eos_token_ids=(2,))
     export_hf(model, tmp_path / "model", tokenizer_from=tiny_hf)
     code = tmp_path / "code.jsonl"
     code.write_text("".join(json.dumps({"text": f"the film {i} was good " * 12}) + "\n" for i in range(60)))
