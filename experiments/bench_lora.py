@@ -3,7 +3,8 @@
     python experiments/bench_lora.py         # makes PEFT's virtual environment first; then some minutes on one core
 
 PEFT over transformers, AdamW, all linear layers of the blocks, rank 8; ours is the step of stage 0. Random weights and
-tokens: time does not depend on them. The sides take turns on one pinned core; CPU-seconds, medians over rounds.
+tokens: time does not depend on them. The sides take turns on one pinned core; CPU-seconds, medians over rounds. Both
+have large pages (docs/howto/speed.md); "small pages" is our step as it runs without that setting.
 """
 
 from __future__ import annotations
@@ -37,10 +38,15 @@ def measure(vocab_size: int, options: Options) -> dict[str, dict]:
     shape = {"vocab_size": vocab_size, "embed": 384, "layers": 6, "heads": 6, "mlp": 1536}
     setup = {"shape": shape, "batch": options.batch, "length": options.length, "family": "llama"}
     theirs = environment("peft", *PEFT)
-    with Worker(theirs, "peft_lora.py", setup) as peft, Worker(sys.executable, "ours.py", setup) as ours:
-        for side in (peft, ours):  # compilation, and the first touch of memory
+    with (
+        Worker(theirs, "peft_lora.py", setup) as peft,
+        Worker(sys.executable, "ours.py", setup) as ours,
+        Worker(sys.executable, "ours.py", setup, GLIBC_TUNABLES="") as small,
+    ):
+        sides = {"PEFT": peft, "ours": ours, "ours, small pages": small}
+        for side in sides.values():  # compilation, and the first touch of memory
             side.step(seed=0)
-        return take_turns({"PEFT": peft, "ours": ours}, [{"seed": i} for i in range(options.rounds)])
+        return take_turns(sides, [{"seed": i} for i in range(options.rounds)])
 
 
 def main(options: Options) -> None:

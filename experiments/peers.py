@@ -46,11 +46,12 @@ class Worker:
         python: of its environment (:func:`environment`, or ``sys.executable`` for our own side).
         script: file name in ``experiments/peers/``.
         setup: what it reads first.
+        settings: environment variables of its own.
     """
 
-    def __init__(self, python: Path | str, script: str, setup: dict):
-        command = [str(python), str(HERE / "peers" / script), json.dumps(setup)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    def __init__(self, python: Path | str, script: str, setup: dict, **settings: str):
+        command, env = [str(python), str(HERE / "peers" / script), json.dumps(setup)], os.environ | settings
+        self.process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.about = self._read()
 
     def __enter__(self) -> Worker:
@@ -110,7 +111,8 @@ def report(file: Path, title: str, options: object, results: Mapping[str, dict[s
 
 
 def pin(cores: int = 1) -> None:
-    """Keep this process and the workers it starts on the same few cores, with as many threads."""
+    """Keep this process and the workers it starts on the same few cores, with as many threads and large pages."""
     chosen = sorted(os.sched_getaffinity(0))[:cores]
     os.sched_setaffinity(0, chosen)
     os.environ |= {"OMP_NUM_THREADS": str(len(chosen)), "MKL_NUM_THREADS": str(len(chosen))}
+    os.environ |= {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}

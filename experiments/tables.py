@@ -214,8 +214,8 @@ def plans() -> str:
 
 def beside_peers() -> str:
     cells = []
-    for name, step in (("bench_sandwich", "sandwich"), ("bench_lora", "LoRA")):
-        for vocabulary, rows in read(name).get("results", {}).items():
+    for step, found in (("sandwich", read("bench_sandwich")), ("LoRA", read("bench_lora"))):
+        for vocabulary, rows in found.get("results", {}).items():
             for side, row in rows.items():
                 cells.append(
                     [f"{step}, {side}", f"{int(vocabulary):,}", f"{row['cpu_seconds']:.2f}", f"{row['share']:.2f}"]

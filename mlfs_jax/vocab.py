@@ -108,7 +108,7 @@ def sum_over_chunks(
     missing = -len(order) % size
 
     def chunks(x):
-        x = jnp.pad(x[order], [(0, missing), *[(0, 0)] * (x.ndim - 1)])
+        x = jnp.pad(jnp.asarray(x)[order], [(0, missing), *[(0, 0)] * (x.ndim - 1)])
         return x.reshape(-1, size, *x.shape[1:])
 
     states, aux = chunks(states), jax.tree.map(chunks, aux)
