@@ -1,8 +1,6 @@
 # `make` lists the targets. Needs Python >= 3.11 with pip; everything else goes into .venv.
 PYTHON ?=
 BIN := .venv/bin
-# Large pages: docs/howto/speed.md
-export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 # Install in .venv what pip calls $(1); .venv itself is made when it is missing or was left half made.
 # A Python without ensurepip (Debian splits it off) lends its own pip instead.

@@ -111,8 +111,7 @@ def report(file: Path, title: str, options: object, results: Mapping[str, dict[s
 
 
 def pin(cores: int = 1) -> None:
-    """Keep this process and the workers it starts on the same few cores, with as many threads and large pages."""
+    """Keep this process and the workers it starts on the same few cores, with as many threads."""
     chosen = sorted(os.sched_getaffinity(0))[:cores]
     os.sched_setaffinity(0, chosen)
     os.environ |= {"OMP_NUM_THREADS": str(len(chosen)), "MKL_NUM_THREADS": str(len(chosen))}
-    os.environ |= {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
