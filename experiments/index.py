@@ -356,7 +356,19 @@ def _index(rows: tuple[Row, ...]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-PARTS = ("demo", "execution", "encoder", "choices", "decoder", "spa", "latency", "gguf", "fuzz", "plans")
+PARTS = (
+    "demo",
+    "execution",
+    "encoder",
+    "choices",
+    "decoder",
+    "spa",
+    "latency",
+    "latency-plugin",
+    "gguf",
+    "fuzz",
+    "plans",
+)
 PARTS += ("beside-peers", "sizes", "palette-cost", "side-memory", "input-pipeline", "network", "cloud")
 SECTIONS: dict[str, Callable[[], str]] = {
     "mlfs-index": lambda: _index(MLFS),

@@ -152,7 +152,14 @@ def spa() -> str:
 
 
 def latency() -> str:
-    found = read("spa_latency")
+    return _latency(read("spa_latency"), "is set to")
+
+
+def latency_plugin() -> str:
+    return _latency(read("spa_latency_plugin"), "was measured as")
+
+
+def _latency(found: dict, has: str) -> str:
     if not found:
         return NOTHING
     links = list(dict.fromkeys((row["link"]["rtt_ms"], row["link"]["bandwidth_mb_s"]) for row in found["rows"]))
@@ -162,11 +169,11 @@ def latency() -> str:
         rows = {r["method"]: r for r in found["rows"] if (r["link"]["rtt_ms"], r["link"]["bandwidth_mb_s"]) == link}
         told = [f"{rows[m]['predicted']['total']:.0f} / {rows[m]['measured']['total']:.0f}" for m in methods]
         cells.append([f"{link[0]:g} ms, {link[1]:g} MB/s", *told])
-    worst = max(abs(row["error"]) for row in found["rows"])
+    errors = [abs(row["error"]) for row in found["rows"]]
     said = (
-        f"ms a token, predicted / measured over an emulated link, {found['tokens']} tokens each; the cloud's part is "
-        f"set to {found['cloud_ms']:g} ms, the device's to {found['device_ms']:g} ms. The prediction is off by "
-        f"{share(worst)} at most."
+        f"ms a token, predicted / measured over an emulated link, {found['tokens']} tokens each; the cloud's part "
+        f"{has} {found['cloud_ms']:.3g} ms, the device's {found['device_ms']:.2g} ms. The prediction is off by "
+        f"{share(max(errors))} at most, by more than 15 % in {sum(e > 0.15 for e in errors)} of {len(errors)} cells."
     )
     return f"{said}\n\n{markdown(('link', *methods), cells)}"
 
