@@ -83,17 +83,17 @@ def test_stopped_after_any_step_the_run_continues_bit_by_bit(config, tmp_path, m
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
+@pytest.mark.timeout(600)
 def test_on_a_mesh_the_losses_are_those_of_one_device(config, tmp_path):
     fit(config, tmp_path / "one", console=QUIET)
     flags = f"--model {config.model} --task {config.task} --steps 6 --learning-rate 1e-2 --batch-size 8 --start random"
     flags += " --max-length 16 --buckets 16 --gate.steps 50 --mesh fsdp=2"
     flags += " --side.width 8 --side.every 2 --side.heads 2 --side.mlp 6 --save-every 2"
-    done = subprocess.run(
-        [sys.executable, "-m", "spa_jax.cli", "fit", *flags.split(), "--out", str(tmp_path / "two")],
-        env=virtual_devices(2),
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-m", "spa_jax.cli", "fit", *flags.split(), "--out", str(tmp_path / "two")]
+    for _ in range(3):  # XLA ends a process whose devices have not met in a collective for a minute: on a busy machine
+        done = subprocess.run(command, env=virtual_devices(2), capture_output=True, text=True)
+        if "rendezvous" not in done.stderr:
+            break
     assert done.returncode == 0, done.stderr
     one, two = ([row["loss"] for row in contents(tmp_path / name)[0]] for name in ("one", "two"))
     np.testing.assert_allclose(one, two, rtol=1e-5)
