@@ -1,5 +1,5 @@
-"""What the choices of MLFS are worth on an encoder: stages, gradient scaling, the order of importance, distillation;
-and against small models, each trained alone.
+"""What the choices of MLFS are worth on an encoder: stages, gradient scaling, the order of importance; and
+against small models, each trained alone.
 
     python experiments/mlfs_choices.py             # bert-tiny on wiki-topic, 3 seeds; about an hour on one core
     python experiments/mlfs_choices.py --report    # table and plot of what is there already

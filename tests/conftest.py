@@ -80,7 +80,6 @@ def free_programs():
 @pytest.fixture(scope="session")
 def glue_dir(tmp_path_factory):
     """A folder of tensorflow-datasets with three small tasks of GLUE."""
-    pytest.importorskip("tensorflow_datasets")
     from tests.prepared import prepare_glue
 
     folder = tmp_path_factory.mktemp("glue")
@@ -91,7 +90,6 @@ def glue_dir(tmp_path_factory):
 @pytest.fixture(scope="session")
 def prompted_dir(tmp_path_factory):
     """A folder of tensorflow-datasets with small sets of the names and fields of SPA's."""
-    pytest.importorskip("tensorflow_datasets")
     from tests.prepared import prepare_prompted
 
     folder = tmp_path_factory.mktemp("prompted")

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
 
 from mlfs_jax.data.glue import read_glue
 
@@ -42,6 +41,7 @@ def glue_download(folder, config):
 
 def prepare_glue(folder) -> None:
     """glue/sst2, glue/stsb and glue/mnli, prepared by their own builder from a faked download."""
+    tfds = pytest.importorskip("tensorflow_datasets")
     with pytest.MonkeyPatch.context() as m:
         for config in GLUE_TSV:
             raw = glue_download(folder / "raw", config)
@@ -66,6 +66,7 @@ SIZES = {"train": 60, "validation": 3, "test": 4}
 
 def prepare_prompted(folder) -> None:
     """XSum, CNN/DailyMail, CoQA and SciQ, written by tensorflow-datasets as array_record files."""
+    tfds = pytest.importorskip("tensorflow_datasets")
     f = tfds.features
     turns = {"input_text": f.Text(), "answer_start": np.int32, "answer_end": np.int32}
     features = {
