@@ -7,6 +7,7 @@ own data, for those who have them):
 * Table 3: S1 (f + g always), S2 (f or g), S3 (g alone), SPA (f + sigma g)            Rouge-1/2/L, usage
 * Tables 5, 6: small, medium and all data; the gate by itself (p >= 1/2), no budget   Rouge-L, usage
 * Table 7: how often the two sides differ, and whom the gate then picks               diff, pick
+* Gates (ours): each way to train one over the same side network, at equal usage    pick, accuracy, loss
 * Figure 3: released plugins with their blocks in a row (serial) and side by side (parallel), and the ladder, by epoch
 
     python experiments/spa_tables.py                         # 3 seeds x 2 tasks; hours on 2 cores
@@ -43,8 +44,11 @@ from mlfs_jax.model import Model
 from mlfs_jax.supernet import TrainState
 from mlfs_jax.timing import device_name
 from mlfs_jax.vocab import Hidden, lm_loss
+from spa_jax.gate import choose_threshold
+from spa_jax.gate_fit import METHODS, fit_gate
 from spa_jax.ladders import LadderCache
-from spa_jax.train import SideTrainer
+from spa_jax.score import score_tokens
+from spa_jax.train import SideTrainer, gated_result
 
 RESULTS = Path(__file__).parent / "results" / "spa_tables.json"
 WIKI = ("wiki-description", "wiki-description-es")
@@ -235,9 +239,32 @@ def curve(bench: Bench, side: spa.SideConfig) -> dict:
     return {"losses": losses, "params": net.num_params}
 
 
+def gates(bench: Bench) -> dict:
+    """Every way to train a gate, over the side network of "spa": teacher-forced tokens of the test split.
+
+    The threshold of each is for the wanted usage of the validation split.
+    """
+    plugin, _ = bench.fit("spa")
+    _, for_gate = bench.config().split(bench.data["train"].subset(bench.preset.train or 10**9))
+    parts = for_gate, bench.data["validation"].subset(bench.preset.calibration), bench.test
+    train, held, test = (score_tokens(bench.model, plugin.side, plugin.setting, part) for part in parts)
+    found = {}
+    for name, config in GATES.items():
+        gate = fit_gate(train, config, plugin.setting, jax.random.key(bench.seed))
+        threshold = choose_threshold(held.probability(gate), config.usage)
+        found[name] = gated_result(test, test.probability(gate), threshold)
+    ends = {"base_loss": test.base_nll.mean(), "side_loss": test.side_nll.mean()}
+    ends |= {"base_accuracy": test.correct_base.mean(), "side_accuracy": test.correct_side.mean()}
+    return {"gates": found, **{name: float(value) for name, value in ends.items()}}
+
+
 def kind(order: str, bench: Bench) -> spa.SideConfig:
     return spa.SideConfig(ladder="plugin", every=bench.preset.every, order=order)
 
+
+GATES = {method: spa.GateConfig(method) for method in METHODS} | {
+    "marginal, price 0.4": spa.GateConfig("marginal", price=0.4),
+}
 
 # name -> what it measures; those of prompting have no seed
 JOBS: dict[str, Callable[[Bench], dict]] = {
@@ -248,6 +275,7 @@ JOBS: dict[str, Callable[[Bench], dict]] = {
     "spa, no budget": lambda b: b.score(b.fit("spa"), threshold=0.5),
     "s2": lambda b: b.score(b.fit("s2", setting="s2")),
     "s3": lambda b: b.score(b.fit("s2", setting="s2"), setting="s3", threshold=0.0),
+    "gates": gates,
     "spa, small": lambda b: sized(b, b.preset.small),
     "spa, medium": lambda b: sized(b, b.preset.medium),
     "serial": lambda b: curve(b, kind("serial", b)),
@@ -263,6 +291,16 @@ TABLES = {
     "Tables 5 and 6: data; the gate at 1/2": (("spa, small", "spa, medium", "spa, no budget"), ("rougeL", "usage")),
     "Table 7: the two sides": (("spa", "spa, no budget", "s2"), ("diff", "pick", "usage")),
 }
+
+
+def print_gates(task: str, runs: list[dict], console: Console) -> None:
+    names = ("usage", "pick", "gated_accuracy", "gated_loss")
+    table = Table("", *names, title=f"{task}, gates over one side network, teacher-forced; {len(runs)} seeds")
+    for method in runs[0]["gates"] if runs else ():
+        of = {name: [run["gates"][method][name] for run in runs] for name in names}
+        table.add_row(method, *(mean_and_spread(values, "{:.3f}".format) for values in of.values()))
+    if runs:
+        console.print(table)
 
 
 def report(preset: str, console: Console) -> None:
@@ -289,6 +327,7 @@ def report(preset: str, console: Console) -> None:
                     percent = (mean_and_spread([100 * run[name] for run in runs]) for name in names)
                     table.add_row(job, *percent, str(len(runs)))
             console.print(table)
+        print_gates(task, of("gates"), console)
         panel = panels[0][column]
         for job, marker in (("s1", "s"), ("s3", "v"), ("s2", "D"), ("spa", "o"), ("spa, no budget", "P")):
             runs = of(job)

@@ -12,8 +12,9 @@ from jaxtyping import Array
 from mlfs_jax.errors import ConfigError
 from spa_jax.gate import check_usage, gate_logit, init_gate, mixture_nll, similarity_gate, straight_through
 from spa_jax.score import TokenScores
+from spa_jax.seam import Setting
 
-METHODS = ("marginal", "straight-through", "similarity")
+METHODS = ("disagreement", "marginal", "straight-through", "similarity")
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,10 @@ class GateConfig:
     """How the gate is trained and set.
 
     Attributes:
-        method: "marginal" likelihood of the mixture, "straight-through", or the fixed "similarity" of texts.
-        price: of one use of the side network, in nats.
+        method: learn "disagreement", whether the side network would choose another token; the "marginal" likelihood of
+            the mixture; the same "straight-through"; or the fixed "similarity" of texts. By default disagreement where
+            the side network adds to the base, and marginal where it replaces it (s2), for there it may well be wrong.
+        price: of one use of the side network, in nats; for the two that weigh likelihoods.
         usage: share of held-out tokens that the threshold lets through.
         share: of the training examples, held back from the side network for the gate to learn on: on those that the
             side network knows by heart it would be trusted too much.
@@ -30,21 +33,26 @@ class GateConfig:
         bank: texts that a similarity gate compares with.
     """
 
-    method: str = "marginal"
+    method: str | None = None
     price: float = 0.0
     usage: float = 0.62
     share: float = 0.15
     steps: int = 300
     learning_rate: float = 1e-2
-    decay: float = 1e-2
+    decay: float = 0.1
     bank: int = 256
 
     def __post_init__(self):
-        if self.method not in METHODS:
+        if self.method not in (None, *METHODS):
             raise ConfigError(f"gate method = {self.method!r}: expected one of {', '.join(METHODS)}.")
         check_usage(self.usage)
         if not 0 <= self.share < 1:
             raise ConfigError(f"gate share = {self.share}: expected a share of the training examples, below 1.")
+        if self.price and self.method in (None, "disagreement", "similarity"):
+            raise ConfigError(
+                f"gate price = {self.price}: {self.method or 'the default'} weighs no likelihoods against it; use "
+                "method marginal or straight-through, or set usage."
+            )
         if self.price < 0 or self.decay < 0 or self.learning_rate <= 0 or self.steps < 1 or self.bank < 1:
             raise ConfigError(
                 f"gate price = {self.price}, decay = {self.decay}, learning_rate = {self.learning_rate}, steps = "
@@ -53,14 +61,15 @@ class GateConfig:
             )
 
 
-def fit_gate(scores: TokenScores, config: GateConfig, key: Array) -> dict[str, Array]:
-    """A gate for these tokens.
+def fit_gate(scores: TokenScores, config: GateConfig, setting: Setting, key: Array) -> dict[str, Array]:
+    """A gate for these tokens, scored in this setting.
 
     Hidden states are standardised first (some channels of a language model are far larger than the rest), and the
     standardisation is folded into the weights.
     """
+    method = config.method or ("disagreement" if setting.adds else "marginal")
     hidden = jnp.asarray(scores.hidden, jnp.float32)
-    if config.method == "similarity":
+    if method == "similarity":
         rows = jax.random.permutation(key, len(hidden))[: config.bank]
         return similarity_gate(hidden[jnp.sort(rows)])
     mean, spread = hidden.mean(0), hidden.std(0) + 1e-3
@@ -68,13 +77,14 @@ def fit_gate(scores: TokenScores, config: GateConfig, key: Array) -> dict[str, A
 
     def loss(gate):
         logit = gate_logit(gate, z)
-        if config.method == "marginal":
-            nll, used = mixture_nll(-base, -side, logit), jax.nn.sigmoid(logit)
+        if method == "disagreement":
+            nll = optax.sigmoid_binary_cross_entropy(logit, scores.differs)
+        elif method == "marginal":
+            nll = mixture_nll(-base, -side, logit) + config.price * jax.nn.sigmoid(logit)
         else:  # the loss is linear in sigma where both likelihoods are known
-            used = straight_through(logit)
-            nll = used * side + (1 - used) * base
-        penalty = config.decay * (gate["kernel"] ** 2).sum()
-        return nll.mean() + config.price * used.mean() + penalty
+            sigma = straight_through(logit)
+            nll = sigma * (side + config.price) + (1 - sigma) * base
+        return nll.mean() + config.decay * (gate["kernel"] ** 2).sum()
 
     optimizer = optax.adam(config.learning_rate)
 

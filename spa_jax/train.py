@@ -283,7 +283,7 @@ def _finish(
     )
     if setting.gated:
         scores = score_tokens(model, side, setting, for_gate or validation)
-        side = side.replace(gate=fit_gate(scores, config.gate, jax.random.key(config.seed)))
+        side = side.replace(gate=fit_gate(scores, config.gate, setting, jax.random.key(config.seed)))
         p = held.probability(side.gate)
         threshold = choose_threshold(p, config.gate.usage)
         curve = calibration_curve(p, held.base_nll, held.side_nll)

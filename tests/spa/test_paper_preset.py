@@ -16,9 +16,12 @@ def test_tables(experiment, monkeypatch, tmp_path, tiny_lm, prompted_dir, task):
     smaller = {"train": 40, "test": 4, "calibration": 2, "epochs": 1, "batch_size": 8, "beams": 2}
     smaller |= {"max_length": 48, "buckets": (48,)}
     monkeypatch.setitem(script.PRESETS, "paper", dataclasses.replace(preset, **smaller))
-    jobs = ("one-shot", "spa", "s3")
+    jobs = ("one-shot", "spa", "s3", "gates")
     script.main(script.Options("paper", (task,), (0,), jobs, str(tiny_lm), tmp_path / "runs"))
     results = json.loads(script.RESULTS.read_text())
     assert {result["job"] for result in results.values()} == set(jobs)
+    gates = results.pop(f"paper/{task}/0/gates")["gates"]
+    assert {"disagreement", "marginal", "similarity"} < gates.keys()
+    assert all(math.isfinite(value) for gate in gates.values() for value in gate.values())
     assert all(math.isfinite(result["rougeL"]) for result in results.values())
     assert (tmp_path / "spa_tables_paper.png").exists()

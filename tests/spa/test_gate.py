@@ -1,0 +1,67 @@
+"""Training a gate, on scores whose answer is known."""
+
+import jax
+import numpy as np
+import pytest
+
+from mlfs_jax.errors import ConfigError
+from spa_jax.gate import calibration_curve, choose_threshold
+from spa_jax.gate_fit import GateConfig, fit_gate
+from spa_jax.score import TokenScores
+from spa_jax.seam import Setting
+
+KEY = jax.random.key(0)
+
+
+def scores(seed: int, M: int = 2000, D: int = 12) -> TokenScores:
+    """The sides differ by channel 0; where they do, the side network is right by channel 1, else the base is."""
+    rng = np.random.default_rng(seed)
+    hidden = rng.normal(size=(M, D)).astype(np.float32) * np.geomspace(0.1, 100, D) + 3  # channels of any size
+    z = (hidden - 3) / np.geomspace(0.1, 100, D)
+    differs, right = z[:, 0] > 0, z[:, 1] > 0
+    # a coin's worth of likelihood on tokens that both choose
+    noise = rng.normal(size=M) * 0.05
+    base = np.where(differs & right, 4.0, 0.5)
+    side = np.where(differs, np.where(right, 0.5, 4.0), 0.5 - abs(noise))
+    columns = hidden, base, side, differs, ~(differs & right), ~(differs & ~right)
+    return TokenScores(*(np.asarray(x, bool if x.dtype == bool else np.float32) for x in columns))
+
+
+def used(gate: dict, found: TokenScores, usage: float = 0.5) -> np.ndarray:
+    p = found.probability(gate)
+    return p >= choose_threshold(p, usage)
+
+
+def test_by_default_a_gate_learns_where_the_two_sides_disagree():
+    train, held = scores(0), scores(1)
+    default, named = (fit_gate(train, GateConfig(m), Setting.SPA, KEY) for m in (None, "disagreement"))
+    jax.tree.map(np.testing.assert_array_equal, default, named)
+    assert (used(default, held) == held.differs).mean() > 0.95
+
+
+def test_where_g_stands_alone_a_gate_learns_which_side_is_likelier():
+    train, held = scores(0), scores(1)
+    gate = fit_gate(train, GateConfig(), Setting.S2, KEY)
+    jax.tree.map(np.testing.assert_array_equal, gate, fit_gate(train, GateConfig("marginal"), Setting.SPA, KEY))
+    p = held.probability(gate)
+    better, worse = held.base_nll > 2, held.side_nll > 2
+    assert p[better].mean() > 0.6 > 0.4 > p[worse].mean()
+    curve = calibration_curve(p, held.base_nll, held.side_nll)
+    assert min(point["loss"] for point in curve) < min(held.base_nll.mean(), held.side_nll.mean()) - 0.3
+
+
+@pytest.mark.parametrize("method", ["marginal", "straight-through"])
+def test_a_price_lowers_the_use(method):
+    free, dear = (
+        scores(1).probability(fit_gate(scores(0), GateConfig(method, price=price), Setting.SPA, KEY))
+        for price in (0.0, 1.0)
+    )
+    assert dear.mean() < free.mean() - 0.1
+
+
+def test_a_price_that_nothing_is_weighed_against_is_refused():
+    for method in (None, "disagreement", "similarity"):
+        with pytest.raises(ConfigError, match=r"price = 0\.5: .* weighs no likelihoods against it; use"):
+            GateConfig(method, price=0.5)
+    with pytest.raises(ConfigError, match="gate method = 'coin': expected one of disagreement, marginal"):
+        GateConfig("coin")
