@@ -99,8 +99,8 @@ def report(file: Path, title: str, options: object, results: Mapping[str, dict[s
     for place, (vocabulary, rows) in enumerate(results.items()):
         for i, (name, row) in enumerate(rows.items()):
             table.add_row(vocabulary, name, f"{row['cpu_seconds']:.3f}", f"{row['share']:.2f}")
-            panel.bar(place + 0.25 * i, row["share"], 0.22, color=f"C{i}", label=name if not place else None)
-    panel.set_xticks([place + 0.25 for place in range(len(results))], [f"vocabulary {name}" for name in results])
+            panel.bar(place + 0.2 * i, row["share"], 0.18, color=f"C{i}", label=name if not place else None)
+    panel.set_xticks([place + 0.2 for place in range(len(results))], [f"vocabulary {name}" for name in results])
     panel.set_ylabel("CPU-seconds, shares")
     panel.legend()
     figure.tight_layout()

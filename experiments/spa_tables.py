@@ -37,6 +37,7 @@ from rich.console import Console
 from rich.table import Table
 from store import load_results, mean_and_spread, save_result
 
+import mlfs_jax as mlfs
 import spa_jax as spa
 from mlfs_jax.data.batches import Batches
 from mlfs_jax.data.encode import fingerprint
@@ -382,4 +383,5 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
+    mlfs.keep_freed_memory()
     main(tyro.cli(Options, description=__doc__))

@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 __all__ = open_front_door(
     __name__,
     {
+        "allocator": ("keep_freed_memory",),
         "backbone.cache": ("Cache", "init_cache"),
         "backbone.tree": ("Mask", "Output", "flatten"),
         "config": ("DecoderConfig", "EncoderConfig", "Latent", "Rope"),

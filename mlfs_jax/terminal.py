@@ -7,10 +7,11 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mlfs_jax.allocator import keep_freed_memory
 from mlfs_jax.errors import MLFSError, unknown
 from mlfs_jax.registry import cache_dir
 
@@ -25,6 +26,7 @@ def run_command(
     *,
     prog: str,
     functions: Callable[[], Mapping[str, Callable]],
+    trains: Collection[str],
 ) -> int:
     """Run one command; returns the exit code: what ``run(command, arguments)`` says, 2 (a mistake), 130 (interrupted).
 
@@ -34,7 +36,9 @@ def run_command(
         commands: their names are offered where an unknown one is asked for.
         prog: name of the program.
         functions: what each command calls, for the shell's completion (``--print-completion SHELL``).
+        trains: commands that a process of their own keeps freed memory for.
     """
+    alone = argv is None
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(help, end="")
@@ -49,6 +53,8 @@ def run_command(
             return _print_completion(prog, functions(), argv[1] if len(argv) > 1 else SHELLS[0])
         if argv[0] not in commands:
             raise unknown("command", argv[0], commands)
+        if alone and argv[0] in trains:
+            keep_freed_memory()
         code = run(argv[0], argv[1:])
         sys.stdout.flush()
         return code

@@ -43,14 +43,14 @@ Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 (a mistake), 130 (interrupted)."""
     made = lambda: COMMANDS | {name: make() for name, make in MADE.items()}  # noqa: E731
-    return run_command(argv, HELP, COMMANDS, _run, prog="spa", functions=made)
+    return run_command(argv, HELP, COMMANDS, _run, prog="spa", functions=made, trains=MADE)
 
 
 def _run(command: str, args: list[str]) -> int:
     if not {"-h", "--help"} & set(args):
         set_up_jax()
     function = COMMANDS[command] or MADE[command]()
-    trains = command in ("fit", "baseline")
+    trains = command in MADE
     config = () if trains else (tyro.conf.FlagCreatePairsOff,)
     with log_to_stderr(logging.WARNING if trains else logging.ERROR):
         return tyro.cli(function, prog=f"spa {command}", args=args, config=config) or 0

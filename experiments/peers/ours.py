@@ -31,6 +31,7 @@ def decoder() -> DecoderConfig:
 
 
 def main():
+    mlfs.keep_freed_memory()
     config = decoder()
     model = mlfs.init_model(config, jax.random.key(0))
     distill = mlfs.DistillConfig(alpha=SETUP.get("alpha", 0.0), beta=0.0)
