@@ -21,7 +21,6 @@ from mlfs_jax.backbone.tree import flatten, map_named
 from mlfs_jax.config import DecoderConfig
 from mlfs_jax.model import Model
 
-KINDS = ("houlsby", "parallel")
 SCALE = 4.0
 """Of a parallel adapter (MAM, section 4.4)."""
 

@@ -65,6 +65,7 @@ def plot_curve(plugin: Plugin, points: Sequence[dict[str, float]], file: str | P
     if plugin.usage is not None:
         left.axvline(100 * plugin.usage, color="tab:gray", lw=0.8, label="what it is set to")
     left.legend(fontsize=8)
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
     plt.close(figure)
     return Path(file)

@@ -80,13 +80,16 @@ class FitConfig:
     save_every: int = 100
 
     def __post_init__(self):
-        Setting.parse(self.setting)
+        setting = Setting.parse(self.setting)
+        if setting.gated:
+            self.gate.method_for(setting)
         for name, least in (
             ("steps", 1),
             ("batch_size", 1),
             ("seed", 0),
             ("save_every", 1),
             ("importance_examples", 1),
+            ("calibration_examples", 1),
         ):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} = {getattr(self, name)}: expected at least {least}.")

@@ -21,6 +21,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from mlfs_jax.backbone.cache import Cache, init_cache
+from mlfs_jax.errors import ConfigError
 from mlfs_jax.generate import GenerateConfig, Network, beam_search, bucket, decode
 from mlfs_jax.generate import reorder as reorder_cache
 from mlfs_jax.generate.session import Prompts, as_rows, check_prompts, cut_at_end, left_pad
@@ -86,16 +87,22 @@ class _Halves:
     setting: Setting
     threshold: float | Array
 
-    def read(self, memory: Memory, tokens: Int[Array, "B T"], real: Bool[Array, "B T"]):
-        """(f, g, p, sigma) of T more tokens, and the memory with them in it."""
+    def read(self, memory: Memory, tokens: Int[Array, "B T"], real: Bool[Array, "B T"], *, everywhere: bool = False):
+        """(f, g, p, sigma) of T more tokens, and the memory with them in it.
+
+        With "sparse" memory g is defined where sigma is 1; ``everywhere`` computes it at every position, as if only
+        this one were sent, too. That memory is not to be read on from.
+        """
         batch = {"input_ids": tokens, "attention_mask": real}
         gate = self.side.gate if self.setting.gated else {}
         cloud = cloud_step(self.graphdef, self.base, gate, memory.cloud, batch, tapped=self.side.tapped)
         sigma = choose(cloud.gate, self.threshold if self.setting.gated else 0.0)
-        frame = cloud.frame
-        if self.side.config.memory == "sparse":
+        frame, seen = cloud.frame, None
+        if self.side.config.memory == "sparse" and everywhere:
+            seen = sigma
+        elif self.side.config.memory == "sparse":
             frame = frame.replace(real=frame.real & sigma)
-        g, device = device_step(self.side, memory.device, frame)
+        g, device = device_step(self.side, memory.device, frame, seen=seen)
         return (cloud.hidden, g, cloud.gate, sigma), Memory(cloud.cache, device)
 
     def step(self, memory: Memory, tokens: Int[Array, " B"], alive: Bool[Array, " B"]):
@@ -150,7 +157,7 @@ def _reorder(memory: Memory, rows: Int[Array, " rows"]) -> Memory:
 def _trace(graphdef, base, side, setting, threshold, memory: Memory, tokens, real):
     """Who chose each next token of given texts: (p, sigma, whether the two sides' first choices differ)."""
     halves = _Halves(graphdef, base, side, setting, threshold)
-    (f, g, p, sigma), _ = halves.read(memory, tokens, real)
+    (f, g, p, sigma), _ = halves.read(memory, tokens, real, everywhere=True)
     every = jnp.ones_like(sigma)
     ours, theirs = halves.logits(f, g, every), halves.logits(f, g, ~every)
     return p, sigma, ours.argmax(-1) != theirs.argmax(-1)
@@ -175,8 +182,12 @@ def generate(
         threshold: of the gate.
 
     Raises:
-        ConfigError: as :func:`mlfs_jax.generate.generate`.
+        ConfigError: as :func:`mlfs_jax.generate.generate`; or a temperature.
+        PluginError: the side network was made for another backbone.
     """
+    if config.temperature:
+        raise ConfigError(f"temperature = {config.temperature}: with a side network texts are not sampled; leave it 0.")
+    side.check(model.decoder)
     network, rows, setting = Network(model), as_rows(prompts), Setting.parse(setting)
     stop, limit = network.stop(config.stop_tokens), config.max_new_tokens
     check_prompts(network, rows, [0] * len(rows), limit)
@@ -260,7 +271,9 @@ class Split:
         setting: str = "spa",
         threshold: float = 0.5,
     ):
+        side.check(model.decoder)
         self.model, self.side, self.setting, self.threshold = model, side, Setting.parse(setting), threshold
+        self.capacity, self.held = capacity, 0
         self.cache = init_cache(model.decoder, batch, capacity)
         self.mailbox = Mailbox(side.config.memory, batch)
         self.side_cache = init_side_cache(side, batch, 2 * bucket(capacity))  # a frame's padding needs room, too
@@ -276,6 +289,9 @@ class Split:
 
         ``sigma`` overrides the gate.
         """
+        self.held += tokens.shape[1]
+        if self.held > self.capacity:
+            raise ConfigError(f"capacity = {self.capacity}: expected room for the {self.held} positions read so far.")
         graphdef, base, gate = self.model.graphdef, self.model.base, self.side.gate if self.setting.gated else {}
         batch = {"input_ids": jnp.asarray(tokens), "attention_mask": jnp.asarray(real)}
         cloud = cloud_step(graphdef, base, gate, self.cache, batch, tapped=self.side.tapped)

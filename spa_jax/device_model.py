@@ -134,6 +134,8 @@ def gate_rows(side: Side) -> Float[np.ndarray, "rows 2"]:
     Raises:
         PluginError: a similarity gate, which holds what its owner's texts were about.
     """
+    if not side.gate:
+        raise PluginError("this plugin's setting has no gate: every token takes the side network.")
     if "kernel" not in side.gate:
         raise PluginError(
             "this plugin's gate holds states of the texts it was trained on, which do not leave the device: fit one "

@@ -126,6 +126,8 @@ def evaluate_run(
         encoded = _split(fit_config.load_data(fit_config.get_task(), model), split, limit)
         return evaluate_baseline(baseline, encoded, beams=beams, batch_size=batch_size, advance=advance)
     fitted = load_run(path)
+    if usage is not None and not Setting.parse(setting or fitted.plugin.setting).gated:
+        raise ConfigError(f"usage = {usage}: setting {setting or fitted.plugin.setting} has no gate to set.")
     threshold = None if usage is None else fitted.plugin.threshold_for(usage)
     encoded = load_split(fitted, split, limit)
     return evaluate_plugin(

@@ -13,7 +13,7 @@ learns whom to ask, with a price on every round trip,
     P(x) = (1 - p) P_f(x) + p P_{f+g}(x),    loss = -log P(x) + price p
 
 which does not mind a useless round trip unless it has a price; a straight-through estimator of sigma; and, as a fixed
-baseline, the similarity of a text to those of training (CuQA's).
+baseline, the similarity to what was seen in training (after CuQA's).
 """
 
 from __future__ import annotations
@@ -58,10 +58,9 @@ def gate_probability(gate: Mapping[str, Array], hidden: Float[Array, "... D"]) -
 
 
 def similarity_gate(examples: Float[Array, "K D"]) -> dict[str, Array]:
-    """A fixed gate: how near a token's hidden state is to the nearest of K texts of training (cosine, centred).
+    """A fixed gate: the cosine of a token's centred hidden state to the nearest of those of K tokens of training.
 
-    [ours] CuQA's sigma' compares texts; here a text is the mean of the backbone's hidden states, which need no other
-    model.
+    [ours] CuQA's sigma' compares whole texts by an encoder of their own; the backbone's hidden states need none.
     """
     return {"bank": examples, "mean": examples.mean(0)}
 
@@ -92,15 +91,18 @@ def choose_threshold(probabilities: Float[np.ndarray, " M"], usage: float) -> fl
     Raises:
         ConfigError: a usage outside [0, 1], or no probabilities.
     """
-    usage, p = check_usage(usage), np.sort(np.asarray(probabilities, np.float32))[::-1]
+    usage, p = check_usage(usage), np.sort(np.asarray(probabilities, np.float64))[::-1]
     if not len(p):
         raise ConfigError("no held-out tokens to choose a threshold on; give a task with a validation split.")
     wanted = round(usage * len(p))
+    if 0 < wanted < len(p) and p[wanted - 1] == p[wanted]:  # ties stay together: all of them, or none
+        ends = int((p > p[wanted]).sum()), int((p >= p[wanted]).sum())
+        wanted = min(ends, key=lambda end: abs(end - wanted))
     if wanted == 0:
         return NEVER
     if wanted == len(p):
         return ALWAYS
-    # between two probabilities, so that rounding elsewhere does not flip the last one; ties stay together
+    # between two probabilities, so that rounding elsewhere does not flip the last one
     return float((p[wanted - 1] + p[wanted]) / 2)
 
 
@@ -113,17 +115,18 @@ def calibration_curve(
     probabilities: Float[np.ndarray, " M"],
     base_nll: Float[np.ndarray, " M"],
     side_nll: Float[np.ndarray, " M"],
-    points: int = 21,
 ) -> list[dict[str, float]]:
-    """Usage against loss on held-out tokens: ``{"usage", "threshold", "loss", "oracle"}`` at even usages.
+    """Usage against loss on held-out tokens: ``{"usage", "threshold", "loss", "oracle"}`` at even usages, and a few small ones.
 
     ``loss`` is the mean negative log-likelihood when the gate decides, ``oracle`` when the best tokens for the side
     network are known.
     """
     gain = np.sort(np.asarray(base_nll) - np.asarray(side_nll))[::-1]
     curve = []
-    for wanted in np.linspace(0, 1, points):
+    for wanted in np.union1d(np.linspace(0, 1, 21), (0.01, 0.02)):
         threshold = choose_threshold(probabilities, float(wanted))
+        if threshold == NEVER:  # the lowest one that none of these reaches: other usages are interpolated from it
+            threshold = float(np.nextafter(np.float32(np.max(probabilities)), np.float32(NEVER)))
         used = np.asarray(probabilities) >= threshold
         best = np.mean(base_nll) - gain[: int(used.sum())].sum() / len(gain)
         loss = float(np.where(used, side_nll, base_nll).mean())

@@ -30,7 +30,7 @@ class GateConfig:
         share: of the training examples, held back from the side network for the gate to learn on: on those that the
             side network knows by heart it would be trusted too much.
         steps, learning_rate, decay: of Adam on all tokens at once; decay is the L2 penalty of the standardised weights.
-        bank: texts that a similarity gate compares with.
+        bank: tokens that a similarity gate compares with.
     """
 
     method: str | None = None
@@ -48,17 +48,26 @@ class GateConfig:
         check_usage(self.usage)
         if not 0 <= self.share < 1:
             raise ConfigError(f"gate share = {self.share}: expected a share of the training examples, below 1.")
-        if self.price and self.method in (None, "disagreement", "similarity"):
-            raise ConfigError(
-                f"gate price = {self.price}: {self.method or 'the default'} weighs no likelihoods against it; use "
-                "method marginal or straight-through, or set usage."
-            )
         if self.price < 0 or self.decay < 0 or self.learning_rate <= 0 or self.steps < 1 or self.bank < 1:
             raise ConfigError(
                 f"gate price = {self.price}, decay = {self.decay}, learning_rate = {self.learning_rate}, steps = "
                 f"{self.steps}, bank = {self.bank}: expected none below 0, a positive learning_rate, steps and bank of "
                 "at least 1."
             )
+
+    def method_for(self, setting: Setting) -> str:
+        """The method, chosen if it is none.
+
+        Raises:
+            ConfigError: a price, for a method that does not weigh it.
+        """
+        method = self.method or ("disagreement" if setting.adds else "marginal")
+        if self.price and method in ("disagreement", "similarity"):
+            raise ConfigError(
+                f"gate price = {self.price} with method {method}, which weighs no likelihoods against it: use method "
+                "marginal or straight-through, or set usage."
+            )
+        return method
 
 
 def fit_gate(scores: TokenScores, config: GateConfig, setting: Setting, key: Array) -> dict[str, Array]:
@@ -67,7 +76,7 @@ def fit_gate(scores: TokenScores, config: GateConfig, setting: Setting, key: Arr
     Hidden states are standardised first (some channels of a language model are far larger than the rest), and the
     standardisation is folded into the weights.
     """
-    method = config.method or ("disagreement" if setting.adds else "marginal")
+    method = config.method_for(setting)
     hidden = jnp.asarray(scores.hidden, jnp.float32)
     if method == "similarity":
         rows = jax.random.permutation(key, len(hidden))[: config.bank]

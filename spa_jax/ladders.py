@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -120,7 +120,7 @@ class LadderCache:
             members = order[step : step + GROUP]
             step += GROUP
             if not self.filled[members].all():
-                cloud = cloud_step(self.model.graphdef, self.model.base, {}, None, _tokens(batch), tapped=self.tapped)
+                cloud = cloud_step(self.model.graphdef, self.model.base, {}, None, batch, tapped=self.tapped)
                 taps, hidden = np.asarray(cloud.frame.taps.astype(jnp.float16)), np.asarray(cloud.hidden, np.float32)
                 for b, i in enumerate(members):
                     length = self.tap_at[i + 1] - self.tap_at[i]
@@ -160,7 +160,3 @@ class LadderCache:
 
 def _offsets(lengths: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(lengths)])
-
-
-def _tokens(batch: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: batch[name] for name in ("input_ids", "attention_mask")}

@@ -101,7 +101,7 @@ class Plugin:
             raise ConfigError(f"usage = {usage}: this plugin's setting is {self.setting}, which has no gate to set.")
         if usage in (0, 1):
             return NEVER if usage == 0 else ALWAYS
-        known = sorted((point["usage"], min(point["threshold"], 1.0)) for point in self.calibration)
+        known = sorted((point["usage"], point["threshold"]) for point in self.calibration)
         usages, thresholds = zip(*known, strict=True)
         return float(np.interp(usage, usages, thresholds))
 
@@ -111,12 +111,7 @@ class Plugin:
         Raises:
             PluginError: it was not; the message says in what they differ.
         """
-        made = self.side.backbone
-        if made.embed != config.embed or made.layers != config.layers:
-            raise PluginError(
-                f"this plugin reads a backbone of {made.layers} layers of width {made.embed} ({self.model}); the base "
-                f"has {config.layers} of width {config.embed}. Use it with the base it was made for."
-            )
+        self.side.check(config)
         if base is not None and base_fingerprint(config, base) != self.base:
             raise PluginError(
                 f"this plugin was made for another base ({self.model}): same shape, other weights. Beside this one it "

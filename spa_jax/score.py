@@ -51,13 +51,13 @@ class TokenScores:
 def score_tokens(model: Model, side: Side, setting: str, encoded: Encoded, *, batch_size: int = 16) -> TokenScores:
     """Scores of every token of a split that counts; the side network sees all positions."""
     found, setting = [], Setting.parse(setting)
+    side.check(model.decoder)
     widest = encoded.max_completion or encoded.max_length
     for batch in eval_batches(encoded, batch_size, buckets=BUCKETS):
         counts = batch["loss_mask"][:, 1:] > 0
         index = np.argsort(~counts, axis=1, kind="stable")[:, :widest]
         kept = np.take_along_axis(counts, index, 1)
-        tokens = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        out = _score(model.graphdef, model.base, side, tokens, index, setting=setting)
+        out = _score(model.graphdef, model.base, side, batch, index, setting=setting)
         found.append([np.asarray(x)[kept] for x in out])
     return TokenScores(*(np.concatenate(column) for column in zip(*found, strict=True)))
 

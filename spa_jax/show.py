@@ -131,6 +131,7 @@ def save_png(shown: Shown, file: str | Path, columns: int = 90) -> Path:
         Line2D([], [], marker="s", linestyle="", color=COLOURS[who], label=meaning) for who, meaning in WHO.items()
     ]
     figure.legend(handles=marks, loc="lower left", ncols=len(marks), frameon=False, fontsize=8)
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150)
     plt.close(figure)
     return Path(file)

@@ -38,6 +38,7 @@ from mlfs_jax.backbone.layers import Linear, weight
 from mlfs_jax.backbone.tree import flatten, map_named
 from mlfs_jax.config import DecoderConfig
 from mlfs_jax.errors import ConfigError
+from spa_jax.errors import PluginError
 from spa_jax.seam import Frame
 
 LADDERS = ("ladder", "plugin")
@@ -104,10 +105,9 @@ class SideConfig:
             raise ConfigError(f"every = {self.every}: expected at most {backbone.layers}, the backbone's layers.")
         heads = None
         if not plugin:
-            heads = self.heads or max(1, backbone.heads // 8)
-            group = backbone.heads // backbone.kv_heads
-            kv = _kv_heads(backbone, heads)
-            if heads > backbone.heads or heads % kv or heads // kv > group:
+            about, group = max(1, backbone.heads // 8), backbone.heads // backbone.kv_heads
+            heads = self.heads or next(n for n in range(about, 0, -1) if _heads_fit(backbone, n))
+            if not _heads_fit(backbone, heads):
                 raise ConfigError(
                     f"heads = {heads}: expected at most {backbone.heads}, in whole groups of {group}, or less than a "
                     "group: the query heads that share one of the backbone's key-value heads."
@@ -119,6 +119,11 @@ class SideConfig:
 
 def _kv_heads(backbone: DecoderConfig, heads: int) -> int:
     return max(1, heads * backbone.kv_heads // backbone.heads)
+
+
+def _heads_fit(backbone: DecoderConfig, heads: int) -> bool:
+    kv, group = _kv_heads(backbone, heads), backbone.heads // backbone.kv_heads
+    return heads <= backbone.heads and heads % kv == 0 and heads // kv <= group
 
 
 def tapped_layers(config: SideConfig, backbone: DecoderConfig) -> tuple[int, ...]:
@@ -158,7 +163,8 @@ class SideContext(Context):
         self.distance = self.positions[..., None] - key_positions[:, None]
         self.visible = self.valid[:, None] & (self.distance >= 0)
         if seen is not None:
-            self.visible &= seen[:, None] | (self.distance == 0)
+            known = seen if cache is None else write(cache.valid, seen, cache.length)
+            self.visible &= known[:, None] | (self.distance == 0)
         self.ropes = [rope_tables(rope, self.positions) for rope in (config.rope, config.local_rope) if rope]
         self.bias = None
         if config.positions == "alibi":
@@ -280,6 +286,15 @@ class Side:
     def replace(self, **changes) -> Side:
         return dataclasses.replace(self, **changes)
 
+    def check(self, config: DecoderConfig) -> None:
+        """Raise PluginError when it was made for a backbone of other sizes."""
+        made = self.backbone
+        if (made.layers, made.embed) != (config.layers, config.embed):
+            raise PluginError(
+                f"this side network reads a backbone of {made.layers} layers of width {made.embed}; the base has "
+                f"{config.layers} of width {config.embed}. Use it with the base it was made for."
+            )
+
     @property
     def tapped(self) -> tuple[int, ...]:
         return tapped_layers(self.config, self.backbone)
@@ -369,8 +384,8 @@ def device_step(
     Args:
         side: only ``net`` is looked at.
         cache: what it saw before; None to start from this frame (training), or for a stateless side network.
-        seen: which positions of the frame later ones may attend to (each sees itself): to train for "sparse" memory,
-            in one pass, g at every position.
+        seen: which positions of the frame later ones may attend to (each sees itself): g at every position in one
+            pass, for "sparse" memory, to train or to ask what would have been.
     """
     state, cache = run_side(side, frame, cache, seen=seen, unroll=unroll)
     return lift(side, state), cache

@@ -36,10 +36,11 @@ from mlfs_jax.model import forward as forward_base
 from mlfs_jax.preemption import Preemption, preemption
 from mlfs_jax.registry import cache_dir
 from mlfs_jax.run import Run
-from mlfs_jax.sharding import feed, mesh_of, replicated, state_shardings
+from mlfs_jax.sharding import feed, mesh_of, replicated, shard_base, state_shardings
 from mlfs_jax.supernet import TrainState
 from mlfs_jax.vocab import CHUNK, Hidden, lm_loss
 from spa_jax.config import FitConfig, from_json
+from spa_jax.decode import rates
 from spa_jax.gate import ALWAYS, calibration_curve, choose_threshold
 from spa_jax.gate_fit import fit_gate
 from spa_jax.ladders import LadderCache
@@ -152,6 +153,8 @@ def fit(
     config = config.anywhere()
     task = config.get_task()
     model = model or config.load_model(mesh)
+    if mesh is not None and mesh_of(model.base) is None:
+        model = model.replace(base=shard_base(mesh, model.base))
     mesh = mesh_of(model.base)
     config.side.resolve(model.decoder)  # what is wrong is said before the folder is made
     data = config.load_data(task, model)
@@ -298,9 +301,7 @@ def gated_result(held: TokenScores, p: np.ndarray, threshold: float) -> dict[str
     return {
         "gated_loss": float(np.where(sigma, held.side_nll, held.base_nll).mean()),
         "gated_accuracy": float(np.where(sigma, held.correct_side, held.correct_base).mean()),
-        "usage": float(sigma.mean()),
-        "diff": float(held.differs.mean()),
-        "pick": float(sigma[held.differs].mean()) if held.differs.any() else 0.0,
+        **rates(sigma, held.differs),
     }
 
 

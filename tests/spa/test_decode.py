@@ -9,9 +9,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import spa_jax as spa
+from mlfs_jax.errors import ConfigError
 from mlfs_jax.generate import GenerateConfig
 from mlfs_jax.generate import generate as generate_base
 from spa_jax.decode import Mailbox, Split, generate
+from spa_jax.errors import PluginError
 from tests.mlfs.tiny import tiny_decoder
 from tests.spa.tiny_side import KINDS, LADDER, PLUGIN, tiny_side
 
@@ -100,6 +102,29 @@ def test_apart_and_together_write_the_same_text(side):
         assert split.sent.tolist() == expected
     else:
         assert all(sent <= length for sent, length in zip(split.sent, lengths, strict=True))
+
+
+def test_how_often_the_sides_differ_is_known_where_sparse_memory_sends_nothing():
+    """Had a position been sent, and only it: the base's first choice, or another?"""
+    found = generate(MODEL, SPARSE, PROMPTS[:1], NINE, threshold=2.0)
+    text = np.array([[*PROMPTS[0], *found.tokens[0]]])
+    for t, differs in enumerate(found.differs[0]):
+        sigma = np.arange(text.shape[1]) == len(PROMPTS[0]) - 1 + t
+        out = spa.forward(MODEL.graphdef, MODEL.base, SPARSE, text, sigma=jnp.asarray(sigma[None]))
+        ours, theirs = (np.asarray(x)[0, sigma].argmax() for x in (out.side_logits, out.base_logits))
+        assert differs == (ours != theirs)
+    assert 0 < found.rates()["diff"] < 1 and found.rates()["pick"] == 0
+
+
+def test_what_does_not_fit_is_refused():
+    other = tiny_side(tiny_decoder(embed=32))
+    for use in (lambda: generate(MODEL, other, PROMPTS, NINE), lambda: Split(MODEL, other, 1, 32)):
+        with pytest.raises(PluginError, match=r"of width 32; the base has .* of width 24"):
+            use()
+    with pytest.raises(ConfigError, match=r"temperature = 0\.7: .* not sampled"):
+        generate(MODEL, SPARSE, PROMPTS, GenerateConfig(temperature=0.7))
+    with pytest.raises(ConfigError, match="capacity = 8: expected room for the 9 positions"):
+        Split(MODEL, SPARSE, 1, 8).generate(PROMPTS[:1], dataclasses.replace(NINE, stop_tokens=()))
 
 
 def test_two_users_never_mix():

@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 
 from mlfs_jax.errors import ConfigError
+from spa_jax.config import FitConfig
 from spa_jax.gate import calibration_curve, choose_threshold
 from spa_jax.gate_fit import GateConfig, fit_gate
+from spa_jax.plugin import Plugin
 from spa_jax.score import TokenScores
 from spa_jax.seam import Setting
 
@@ -61,7 +63,24 @@ def test_a_price_lowers_the_use(method):
 
 def test_a_price_that_nothing_is_weighed_against_is_refused():
     for method in (None, "disagreement", "similarity"):
-        with pytest.raises(ConfigError, match=r"price = 0\.5: .* weighs no likelihoods against it; use"):
-            GateConfig(method, price=0.5)
+        gate = GateConfig(method, price=0.5)
+        with pytest.raises(ConfigError, match=r"price = 0\.5 with method .* weighs no likelihoods against it: use"):
+            FitConfig("model", "task", gate=gate)
+    FitConfig("model", "task", "s2", gate=GateConfig(price=0.5))  # its default, marginal, does
     with pytest.raises(ConfigError, match="gate method = 'coin': expected one of disagreement, marginal"):
         GateConfig("coin")
+
+
+@pytest.mark.parametrize("wanted, used", [(0.1, 0.0), (0.4, 0.6), (0.6, 0.6), (0.7, 0.6), (0.9, 1.0)])
+def test_tokens_of_equal_probability_stay_together(wanted, used):
+    p = np.repeat([0.9, 0.2], [60, 40])
+    assert (p >= choose_threshold(p, wanted)).mean() == used
+
+
+def test_small_usages_come_from_the_probabilities_that_there_are():
+    rng = np.random.default_rng(0)
+    p = rng.beta(2, 20, 100_000).astype(np.float32)
+    curve = calibration_curve(p, np.ones(p.size), np.ones(p.size))
+    plugin = Plugin(None, Setting.SPA, "base", "tokenizer", calibration=curve)
+    for usage in (0.02, 0.04, 0.3):
+        assert (p >= plugin.threshold_for(usage)).mean() == pytest.approx(usage, rel=0.5)

@@ -131,6 +131,12 @@ def test_a_sliced_start_is_the_backbones_best_part(family):
         assert {h // group for h in keep["heads"][1]} == {*keep["kv_heads"][1]}
 
 
+@pytest.mark.parametrize("heads, kv_heads, chosen", [(40, 10, 4), (36, 12, 3), (60, 10, 6), (9, 3, 1), (64, 8, 8)])
+def test_the_default_has_heads_that_fit(heads, kv_heads, chosen):
+    config = spa.SideConfig().resolve(tiny_decoder(heads=heads, kv_heads=kv_heads).config)
+    assert config.heads == chosen
+
+
 def test_a_slice_of_one_head_of_a_group():
     model = tiny_decoder(heads=6, kv_heads=2)
     config = dataclasses.replace(LADDER, heads=1).resolve(model.config)
