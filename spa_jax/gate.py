@@ -116,7 +116,7 @@ def calibration_curve(
     base_nll: Float[np.ndarray, " M"],
     side_nll: Float[np.ndarray, " M"],
 ) -> list[dict[str, float]]:
-    """Usage against loss on held-out tokens: ``{"usage", "threshold", "loss", "oracle"}`` at even usages, and a few small ones.
+    """Usage against loss on held-out tokens: ``{"usage", "threshold", "loss", "oracle"}`` at even and small usages.
 
     ``loss`` is the mean negative log-likelihood when the gate decides, ``oracle`` when the best tokens for the side
     network are known.

@@ -75,6 +75,8 @@ def test_users(tiny_lm, echo_task, tmp_path, capsys):
         ("eval {run} --usage -0.1", "usage = -0.1"),
         ("eval {run} --split dev", "split = 'dev': this task has train, validation, test"),
         ("eval {run} --setting s3", "was trained for another role"),
+        ("eval {run} --setting s1 --usage 0.3", "usage = 0.3: setting s1 has no gate"),
+        ("fit --model {run} --task wiki-description --out x --calibration-examples 0", "calibration_examples = 0"),
         ("eval nowhere", "there is no run folder"),
         ("show {run} --prompt=", "expected some text"),
         ("fit --model {run} --task wiki-description --out x --setting s5", "unknown setting 's5'"),
