@@ -356,8 +356,8 @@ def _index(rows: tuple[Row, ...]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-PARTS = ("demo", "execution", "encoder", "choices", "decoder", "spa", "latency", "latency-plugin", "gguf", "fuzz")
-PARTS += ("plans", "beside-peers", "sizes", "palette-cost", "side-memory", "input-pipeline", "network", "cloud")
+PARTS = ("demo", "execution", "encoder", "choices", "decoder", "spa", "spa-gates", "latency", "latency-plugin", "gguf")
+PARTS += ("fuzz", "plans", "beside-peers", "sizes", "palette-cost", "side-memory", "input-pipeline", "network", "cloud")
 SECTIONS: dict[str, Callable[[], str]] = {
     "mlfs-index": lambda: _index(MLFS),
     "spa-index": lambda: _index(SPA),

@@ -151,6 +151,21 @@ def spa() -> str:
     return markdown(columns, cells)
 
 
+def spa_gates() -> str:
+    cells, results = [], [run for run in read("spa_tables").values() if run["job"] == "gates"]
+    for preset in (*PRESETS, "paper"):
+        for task in dict.fromkeys(run["task"] for run in results):
+            runs = [run for run in results if (run["preset"], run["task"]) == (preset, task)]
+            for method in runs[0]["gates"] if runs else ():
+                of = [run["gates"][method] for run in runs]
+                spread = [mean_and_spread([100 * gate[name] for gate in of]) for name in ("usage", "pick")]
+                spread += [mean_and_spread([100 * gate["gated_accuracy"] for gate in of])]
+                spread += [mean_and_spread([gate["gated_loss"] for gate in of], "{:.3f}".format)]
+                cells.append([f"{task}, {method}", *spread, where(runs), preset])
+    columns = ("gate", "usage, %", "pick, %", "token accuracy, %", "loss, nats", "measured with", "preset")
+    return markdown(columns, cells) if cells else NOTHING
+
+
 def latency() -> str:
     return _latency(read("spa_latency"), "is set to")
 
