@@ -27,7 +27,7 @@ from websockets.exceptions import ConnectionClosed
 
 from mlfs_jax.errors import ConfigError
 from spa_jax.engine import CloudModel, Engine
-from spa_jax.errors import WireError
+from spa_jax.errors import NetworkError, WireError
 from spa_jax.metrics import Metrics
 from spa_jax.session import Refused, Session
 from spa_jax.wire import FRAME_BYTES
@@ -187,7 +187,7 @@ class Cloud:
 
     async def serve_forever(self) -> None:
         """Until cancelled; or until the engine dies, with its error."""
-        await self._running
+        await asyncio.shield(self._running)  # sessions need it to the end: __aexit__ stops it behind them
 
     def _admit(self, connection: ServerConnection, request: Request) -> Response | None:
         """Answer a handshake: None lets it through."""
@@ -226,7 +226,7 @@ class Cloud:
         code, reason = "ok", None
         try:
             await session.run()
-        except (WireError, Refused) as error:
+        except (WireError, Refused, NetworkError) as error:
             code, reason = error.code, str(error)
         except ConnectionClosed as error:
             code = "too-large" if error.sent is not None and error.sent.code == 1009 else "lost"

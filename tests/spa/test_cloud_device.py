@@ -6,11 +6,12 @@ import time
 import pytest
 
 from spa_jax.channel import DeviceConfig
+from spa_jax.cloud import Cloud, CloudConfig
 from spa_jax.errors import NetworkError
 from spa_jax.network import Proxy
 from spa_jax.wire import Taps
 from tests.spa.fake_models import FakeCloud, FakeDevice, solo
-from tests.spa.runtime import PROMPT, Liar, device, released, run, serving, write
+from tests.spa.runtime import PROMPT, TOKEN, Liar, device, released, run, serving, write
 
 PLACEMENTS = {
     "default": {},
@@ -210,3 +211,45 @@ def test_a_failing_model_ends_its_sessions_not_the_server():
             return (await write(cloud.url)).tokens, cloud.metrics.get("errors_total", code="internal")
 
     assert run(body) == (solo(PROMPT, 30)[0], 2)
+
+
+def serve_until(body, model):
+    """As `spa serve` does it: ``body(cloud, serving)`` runs beside a server with a text of 60 tokens in the making."""
+
+    async def main():
+        cloud, up = Cloud(model, CloudConfig(port=0), token=TOKEN), asyncio.Event()
+
+        async def serve():
+            async with cloud:
+                up.set()
+                await cloud.serve_forever()
+
+        task = asyncio.create_task(serve())
+        await up.wait()
+        async with device(cloud, config=DeviceConfig(retries=0)) as one:
+            begun = asyncio.Event()
+            text = asyncio.create_task(one.generate(PROMPT, 60, on_token=lambda *_: begun.set()))
+            await begun.wait()
+            body(cloud, task)
+            await asyncio.wait([task, text], timeout=5)
+            assert task.done() and text.done(), "it hangs"
+            return task, text.result()
+
+    return run(main)
+
+
+def test_a_server_ends_at_once_while_it_writes():
+    """Ctrl-C cancels the main task; the engine lives until the sessions have ended."""
+    task, answer = serve_until(lambda cloud, task: task.cancel(), FakeCloud(seconds=0.02))
+    assert task.cancelled() and answer.end == "lost" and 0 < len(answer.tokens) < 60
+
+
+def test_a_dead_engine_tells_its_sessions_and_ends_the_server():
+    async def die():
+        raise RuntimeError("no more")
+
+    def kill(cloud, task):
+        cloud.engine._round = die
+
+    task, answer = serve_until(kill, FakeCloud(seconds=0.02))
+    assert str(task.exception()) == "no more" and answer.end == "lost" and "(closing)" in answer.note
