@@ -48,7 +48,7 @@ class CloudConfig:
         hello_s: for the first frame of a connection.
         reply_s: for a device's answer.
         send_s: for a device to take a frame.
-        queue_s: for a free slot.
+        queue_s: for a free slot; less than a device waits for its answer, so that it hears of a full server.
         idle_s: before an idle session loses its slot; it resumes by replay.
         linger_s: before an idle connection is closed.
         connections: at a time; None: four for each slot, and 16.
@@ -62,7 +62,7 @@ class CloudConfig:
     hello_s: float = 5.0
     reply_s: float = 10.0
     send_s: float = 10.0
-    queue_s: float = 10.0
+    queue_s: float = 5.0
     idle_s: float = 60.0
     linger_s: float = 600.0
     connections: int | None = None
@@ -83,11 +83,10 @@ class CloudConfig:
 class Slots:
     """The engine's slots: free, in use, or kept for an idle session until another needs it."""
 
-    def __init__(self, count: int, metrics: Metrics):
+    def __init__(self, count: int):
         self.free = list(range(count))
         self.idle: dict[Session, bool] = {}
         self._waiting: deque = deque()
-        self.metrics = metrics
 
     async def acquire(self, timeout: float) -> int:
         """A slot: a free one, that of the session that has been idle for longest, or the next to become free.
@@ -102,12 +101,22 @@ class Slots:
         future = asyncio.get_running_loop().create_future()
         self._waiting.append(future)
         try:
-            return await asyncio.wait_for(future, timeout)
-        except TimeoutError:
-            raise Refused("busy", "all sessions of this server are in use; try again.") from None
+            async with asyncio.timeout(timeout):
+                return await future
+        except (TimeoutError, asyncio.CancelledError) as error:
+            if future.done() and not future.cancelled():
+                self.release(future.result())  # it came in the very turn of the loop in which the time was up
+            if isinstance(error, TimeoutError):
+                raise Refused("busy", "all sessions of this server are in use; try again.") from None
+            raise
         finally:
             if future in self._waiting:
                 self._waiting.remove(future)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether somebody waits for one."""
+        return any(not future.done() for future in self._waiting)
 
     def release(self, slot: int) -> None:
         """Hand a slot to whoever waits for one, or keep it free."""
@@ -150,7 +159,7 @@ class Cloud:
         self.metrics = Metrics()
         describe_metrics(self.metrics)
         self.engine = Engine(model, self.metrics)
-        self.slots = Slots(model.slots, self.metrics)
+        self.slots = Slots(model.slots)
         self._connections = 0
 
     async def __aenter__(self) -> Cloud:

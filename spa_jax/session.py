@@ -193,7 +193,9 @@ class Session:
     async def _next_text(self) -> Prefill | Resume:
         """Wait for what to write next; the slot is given up on the way, when it takes long or another needs it."""
         self.doing = "waiting for a prompt"
-        if self.slot is not None:
+        if self.slot is not None and self.slots.wanted:
+            self.evict()
+        elif self.slot is not None:
             self.slots.idle[self] = True
         listening: asyncio.Future[Prefill | Resume] = asyncio.ensure_future(
             self.receive((Prefill, Resume), self.config.linger_s)

@@ -6,9 +6,10 @@ import time
 import pytest
 
 from spa_jax.channel import DeviceConfig
-from spa_jax.cloud import Cloud, CloudConfig
+from spa_jax.cloud import Cloud, CloudConfig, Slots
 from spa_jax.errors import NetworkError
 from spa_jax.network import Proxy
+from spa_jax.session import Refused
 from spa_jax.wire import Taps
 from tests.spa.fake_models import FakeCloud, FakeDevice, solo
 from tests.spa.runtime import PROMPT, TOKEN, Liar, device, released, run, serving, write
@@ -120,6 +121,38 @@ def test_idle_sessions_lose_their_slot_and_resume():
     assert connections == [1, 1, 0, 0, 0] and evictions >= 4
 
 
+def test_who_waits_gets_the_slot_of_a_text_that_ends():
+    """Not only that of a session that was idle already."""
+
+    async def body():
+        async with serving(FakeCloud(slots=1, seconds=0.01)) as cloud, device(cloud) as one, device(cloud) as two:
+            begun = asyncio.Event()
+            first = asyncio.create_task(one.generate(PROMPT, 20, on_token=lambda *_: begun.set()))
+            await begun.wait()
+            second = await two.generate(PROMPT, 5)
+            assert second.stats.connections == 1 and second.tokens == (await first).tokens[:5]
+            return cloud.metrics.get("errors_total", code="busy"), cloud.metrics.get("evictions_total")
+
+    assert run(body) == (0, 1)
+
+
+def test_no_slot_is_lost_when_it_comes_as_the_time_is_up():
+    async def body():
+        slots = Slots(1)
+        slot = await slots.acquire(1)
+        waiter = asyncio.create_task(slots.acquire(0.05))
+        await asyncio.sleep(0)
+        asyncio.get_running_loop().call_later(0.049, slots.release, slot)
+        time.sleep(0.06)  # both are due in one turn of the loop
+        try:
+            slots.release(await waiter)
+        except Refused as error:
+            assert error.code == "busy"
+        assert slots.free == [0] and not slots.wanted
+
+    run(body)
+
+
 def test_a_full_server_says_so():
     async def body():
         async with serving(FakeCloud(slots=1), queue_s=0.1, reply_s=3) as cloud, Liar(cloud, threshold=0.0) as liar:
@@ -134,6 +167,7 @@ def test_a_full_server_says_so():
         return error.value.code
 
     assert run(body) == "busy"
+    assert CloudConfig().queue_s < DeviceConfig().reply_s, "else the device calls a full server silent"
 
 
 def test_a_slow_server_and_a_stalled_link_end_with_what_there_is():
