@@ -26,7 +26,7 @@ class DeviceConfig:
 
     Attributes:
         connect_s: for a connection and its greeting.
-        reply_s: for the cloud's next frame; then the link counts as lost.
+        reply_s: for the cloud's next frame, once it has read the prompt; then the link counts as lost.
         answer_s: for a whole text; then it ends with what there is.
         retries: connections that are tried after the last progress, the first ``backoff_s`` after it, each next one
             twice as late.

@@ -199,8 +199,11 @@ class Device:
         else:
             await channel.send(Resume(np.asarray(self.history, np.int32), self._seen, left, text.stop))
         self._live, used = False, False  # until the text is whole
+        patience = self.config.answer_s  # reading a prompt takes what it takes; pings find a link that is dead
         while True:
-            message: Taps | Token = await channel.receive((Taps, Token))
+            message: Taps | Token = await channel.receive((Taps, Token), patience)
+            if isinstance(message, Token) or message.due:
+                patience = self.config.reply_s
             if isinstance(message, Token):
                 self._check(message.token < channel.welcome.vocab, "token.token is not in the vocabulary")
                 token, told = message.token, message.end

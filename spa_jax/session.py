@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 import numpy as np
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, ConnectionClosedError
+from websockets.protocol import State
 
 from spa_jax.budget import Pace
 from spa_jax.engine import Engine, Read
@@ -118,13 +119,15 @@ class Session:
                 f"a frame of {len(data)} bytes is needed, the device accepts {self.terms.frame_bytes}; raise its "
                 "frame_bytes, or use a smaller coding or a public Down.",
             )
-        await asyncio.wait_for(self.connection.send(data), self.config.send_s)
+        async with asyncio.timeout(self.config.send_s):
+            await self.connection.send(data)
         self._down += len(data)
         self.metrics.add("bytes_total", len(data), direction="down")
 
     async def receive(self, allowed: tuple[type[M], ...], timeout: float) -> M:
         """The next message; raises Refused when it is an error, and EOFError when it is a goodbye."""
-        data = await asyncio.wait_for(self.connection.recv(), timeout)
+        async with asyncio.timeout(timeout):
+            data = await self.connection.recv()
         self._up += len(data)
         self.metrics.add("bytes_total", len(data), direction="up")
         message = decode(data, FROM_DEVICE, frame_bytes=self.config.frame_bytes)
@@ -138,7 +141,8 @@ class Session:
         """Tell the device, if it still listens, and close."""
         with suppress(ConnectionClosed, TimeoutError, OSError):
             data = encode(Error(code, message[:1000]))
-            await asyncio.wait_for(self.connection.send(data), min(1.0, self.config.send_s))
+            async with asyncio.timeout(min(1.0, self.config.send_s)):
+                await self.connection.send(data)
             await self.connection.close(1008, code)
 
     # -------------------------------------------------------------------------------------------------- its life
@@ -285,6 +289,8 @@ class Session:
     async def _read(self, tokens: list[int], seen: int = 0) -> Read:
         """Read tokens, in chunks; what the device may have to see of them waits, or is sent ahead when it is much."""
         for i in range(0, len(tokens), self.model.chunk):
+            if self.connection.state is not State.OPEN:
+                raise ConnectionClosedError(None, None)  # nobody waits for the rest
             chunk = tokens[i : i + self.model.chunk]
             read = await self.engine.read(self.slot, chunk)
             sigma = read.gate >= self.terms.threshold if self.gated else np.ones(len(chunk), bool)

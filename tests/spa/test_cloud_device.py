@@ -188,6 +188,36 @@ def test_a_slow_server_and_a_stalled_link_end_with_what_there_is():
     assert seconds < 20
 
 
+class SlowReader(FakeCloud):
+    """One whose prompts take their time."""
+
+    reads = 0
+
+    def extend(self, slot, tokens):
+        self.reads += 1
+        time.sleep(0.15)
+        return super().extend(slot, tokens)
+
+
+def test_a_long_prompt_is_read_however_long_it_takes():
+    """The device's patience for the next frame begins with the first; a prompt that nobody waits for is not read on."""
+    prompt, hasty = list(range(18)), DeviceConfig(reply_s=0.6, backoff_s=0.01)
+
+    async def body():
+        patient, abandoned = SlowReader(), SlowReader()
+        async with serving(patient) as cloud, device(cloud, config=hasty) as one:
+            answer = await one.generate(prompt, 5)
+        async with serving(abandoned) as cloud:
+            async with device(cloud, config=DeviceConfig(answer_s=0.25)) as one:
+                left = await one.generate(prompt, 5)
+            await released(cloud)
+        return answer, patient.reads, left, abandoned.reads
+
+    answer, whole, left, some = run(body)
+    assert (answer.tokens, answer.stats.connections, whole) == (solo(prompt, 5)[0], 1, 6)
+    assert left.end == "timeout" and not left.tokens and some < 6
+
+
 def test_without_a_server():
     async def body():
         none = "ws://127.0.0.1:9"
