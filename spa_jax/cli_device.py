@@ -84,7 +84,8 @@ class Kit:
             budget=None if options.budget is None else budget_ms(options.budget),
             int8=options.int8,
         )
-        self.model.warm_up()
+        for positions in (1,) if options.budget is None else (1, 2, 4, 8):  # a compile would pass for a slow link
+            self.model.warm_up(positions)
         self.fallback = None if options.fallback is None else _fallback(options.fallback)
 
     def device(self):

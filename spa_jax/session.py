@@ -104,6 +104,7 @@ class Session:
         self.doing = "waiting for hello"
         self.terms: Hello | None = None
         self._started = False  # a text
+        self._carries_prompt = False  # the next round trip: it says nothing of what others take
         self._up = self._down = self._tokens = self._exchanges = 0
 
     def counts(self) -> dict[str, int]:
@@ -261,9 +262,9 @@ class Session:
         self._started = True
         self.doing = "reading a prompt"
         self.metrics.add("prompt_tokens_total", len(tokens))
-        begin = time.perf_counter()
         read = await self._read(tokens, seen)
-        self.doing = "writing"
+        self.doing, self._carries_prompt = "writing", True
+        begin = time.perf_counter()  # the prompt is not a part of the first token's time
         for left in range(request.limit, 0, -1):
             used = self._wants(float(read.gate[-1]), begin)
             token, told = await self._ask(read) if used else (read.token, False)
@@ -322,8 +323,9 @@ class Session:
         answer: Step | SideState = await self.receive((Step if at_device else SideState,), self.config.reply_s)
         if answer.position != last:
             raise WireError(f"an answer for position {answer.position}: expected one for {last}.")
-        if self.pace is not None:
+        if self.pace is not None and not self._carries_prompt:
             self.pace.exchanged(1e3 * (time.perf_counter() - begin))
+        self._carries_prompt = False
         self._exchanges += 1
         self.metrics.observe("exchange_seconds", time.perf_counter() - begin)
         if isinstance(answer, Step):

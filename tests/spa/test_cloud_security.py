@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import subprocess
+import time
 import urllib.request
 from pathlib import Path
 
@@ -179,6 +180,34 @@ def test_a_budget_that_pays_for_nothing_still_looks_whether_the_link_is_better()
         if asked[-1]:
             pace.exchanged(50.0)
     assert 3 <= sum(asked) <= 6
+
+
+def test_what_happens_once_does_not_ruin_a_budget():
+    """A token or a round trip that takes seconds, be it another's prompt or a compile, is forgotten soon."""
+    for cloud_ms, exchange_ms in ((3000.0, 20.0), (10.0, 3000.0)):
+        pace, asked = Pace(40.0), 0
+        for i in range(60):
+            if pace.allows(0.9, 0.5, cloud_ms if i == 10 else 10.0):
+                pace.exchanged(exchange_ms if i == 10 else 20.0)
+                asked += i > 10
+        assert asked > 30
+
+
+def test_a_long_prompt_and_a_replay_are_no_part_of_a_budget():
+    """As many tokens use the side network as after a prompt that is read at once."""
+    model = FakeDevice(wants={"threshold": 0.0, "budget": 100.0})
+
+    class Slow(FakeCloud):
+        def extend(self, slot, tokens):
+            time.sleep(0.3)
+            return super().extend(slot, tokens)
+
+    async def body():
+        async with serving(Slow(chunk=8)) as cloud, Proxy(cloud.url, cut={40}) as proxy:
+            return await write(proxy.url, model, 30)
+
+    answer = run(body)
+    assert answer.stats.connections == 2 and all(answer.used)
 
 
 def test_a_session_with_a_budget():
