@@ -6,12 +6,14 @@ import re
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from mlfs_jax.errors import ConfigError
 from mlfs_jax.hf.load import from_pretrained
 from spa_jax.cli import main
+from spa_jax.network import Link, Shape, methods, predict
 from spa_jax.options import budget_ms, numbers, read_token
 from spa_jax.plugin import Plugin, base_fingerprint, load_plugin, save_plugin, tokenizer_fingerprint
 from spa_jax.seam import Setting
@@ -131,6 +133,51 @@ def test_calibrate_writes_the_plugin(plugin, capsys):
     save_plugin(plugin, load_plugin(plugin).replace(setting=Setting.S1))
     assert main(["calibrate", str(plugin), "--budget", "10", *times]) == 2
     assert "it has no gate to calibrate" in capsys.readouterr().err
+
+
+def test_calibrate_counts_what_lazy_memory_sends_of_every_token(plugin, capsys):
+    """On a slow line; what the latency model says of the usage that it found is the budget."""
+    side, times = load_plugin(plugin).side, ["--cloud-ms", "20", "--device-ms", "5", "--rtt", "15"]
+    assert side.config.memory == "lazy"
+    assert main(["calibrate", str(plugin), "--budget", "40", "--bandwidth", "0.02", *times, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    shape = Shape(side.backbone.embed, side.backbone.layers, len(side.tapped) + 1, side.config.width, 1)
+    spa = methods(shape, coding="int8", projected=False, usage=found["usage"], memory="lazy")[0]
+    expected = predict(spa, Link(15, 0.02), cloud_ms=20, device_ms=5).total
+    assert 0.1 < found["usage"] < 0.9 and found["ms_per_token"] == 40 == pytest.approx(expected, abs=1)
+
+
+def test_latency_models_a_plugin_as_it_runs(plugin, base, monkeypatch, capsys):
+    """With its memory, and its activations projected where the running rows have them; 0 ms is a time like others."""
+    from spa_jax import latency, train
+
+    given = []
+    fitted = SimpleNamespace(model=SimpleNamespace(decoder=base.config), plugin=load_plugin(plugin))
+    monkeypatch.setattr(train, "load_run", lambda folder: fitted)
+    monkeypatch.setattr(latency, "compare", lambda ways, links, **times: given.append((ways[0], times)) or [])
+    monkeypatch.setattr(latency, "running", lambda *_, **__: [])
+    flags = ["--plugin", str(plugin), "--usage", "0.5", "--cloud-ms", "0", "--device-ms", "0", "--json"]
+    assert main(["latency", *flags]) == 0
+    (spa, times), side = given[0], fitted.plugin.side
+    shape = Shape(side.backbone.embed, side.backbone.layers, len(side.tapped) + 1, side.config.width, 1)
+    assert spa == methods(shape, projected=False, usage=0.5, memory="lazy")[0]
+    assert (times["cloud_ms"], times["device_ms"]) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--tokens 0", "tokens = 0: expected at least 1"),
+        ("--tokens 1 --plugin x", "tokens = 1: expected at least 2"),
+        ("--tokens=-3", "tokens = -3"),
+        ("--usage 1.5", "usage = 1.5: expected a share"),
+        ("--device-ms=-5", "device-ms = -5.0: expected ms, at least 0"),
+    ],
+)
+def test_latency_refuses(flags, expected, capsys):
+    assert main(["latency", *flags.split()]) == 2
+    error = capsys.readouterr().err
+    assert expected in error and error.count("\n") == 1
 
 
 def test_latency(tmp_path, capsys):
