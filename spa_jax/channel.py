@@ -109,9 +109,11 @@ class Channel:
         connection, self._connection = self._connection, None
         if connection is not None:
             with suppress(ConnectionClosed, TimeoutError, OSError):
-                await asyncio.wait_for(connection.send(encode(Bye())), 1)
+                async with asyncio.timeout(1):
+                    await connection.send(encode(Bye()))
             with suppress(TimeoutError, OSError):
-                await asyncio.wait_for(connection.close(), 1)
+                async with asyncio.timeout(1):
+                    await connection.close()
 
     def drop(self) -> None:
         """Leave without a word."""
@@ -167,7 +169,8 @@ class Channel:
             raise NetworkError(f"a frame of {len(data)} bytes is needed, the server accepts {limit}.", "too-large")
         begin = time.perf_counter()
         try:
-            await asyncio.wait_for(self._connection.send(data), self.config.reply_s)
+            async with asyncio.timeout(self.config.reply_s):
+                await self._connection.send(data)
         except ConnectionClosed as error:
             raise await self._broken(error) from None
         except TimeoutError:
@@ -179,7 +182,8 @@ class Channel:
     async def receive(self, allowed: tuple[type[M], ...], timeout: float | None = None) -> M:
         timeout, begin = timeout or self.config.reply_s, time.perf_counter()
         try:
-            data = await asyncio.wait_for(self._connection.recv(), timeout)
+            async with asyncio.timeout(timeout):
+                data = await self._connection.recv()
         except ConnectionClosed as error:
             raise await self._broken(error) from None
         except TimeoutError:
@@ -194,8 +198,9 @@ class Channel:
         connection, self._connection = self._connection, None
         if connection is not None:
             with suppress(ConnectionClosed, TimeoutError, OSError):
-                await asyncio.wait_for(connection.send(encode(Error(error.code, str(error)[:1000]))), 1)
-                await asyncio.wait_for(connection.close(1008, error.code), 1)
+                async with asyncio.timeout(1):
+                    await connection.send(encode(Error(error.code, str(error)[:1000])))
+                    await connection.close(1008, error.code)
 
     def _understand(self, data: str | bytes, allowed: tuple[type[M], ...]) -> M:
         """The message. Raises NetworkError or Lost for one that is an error, WireError for one that cannot be."""
@@ -212,7 +217,8 @@ class Channel:
         """What a broken connection means; the server's last words, if there are any, say it best."""
         for _ in range(4):
             try:
-                data = await asyncio.wait_for(self._connection.recv(), 0.1)
+                async with asyncio.timeout(0.1):
+                    data = await self._connection.recv()
                 message = decode(data, FROM_CLOUD, frame_bytes=self.terms.frame_bytes)
             except (ConnectionClosed, TimeoutError, WireError):
                 break

@@ -263,6 +263,20 @@ def test_server_gone_in_the_middle_goes_on_locally():
     assert again.tokens == solo([*history, 8], 6)[0] and again.local == 0
 
 
+def test_a_failing_fallback_loses_no_text():
+    def fallback(history, limit, stop):
+        yield 50
+        raise ValueError("too long for it")
+
+    async def body():
+        async with serving() as cloud, Proxy(cloud.url, cut=range(8, 1000)) as proxy:
+            return await write(proxy.url, config=DeviceConfig(retries=0), fallback=fallback)
+
+    answer = run(body)
+    assert answer.tokens == [*solo(PROMPT, 30)[0][: len(answer.tokens) - 1], 50] and answer.local == 1
+    assert answer.end == "lost" and answer.note.endswith("own model failed: ValueError: too long for it")
+
+
 def test_a_failing_model_ends_its_sessions_not_the_server():
     model = FakeCloud()
 

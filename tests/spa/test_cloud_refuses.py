@@ -196,6 +196,7 @@ def test_lies_of_the_server_end_the_text():
     taps = np.ones((4, 1, D), np.float32)
     lies = {
         "token.token is not in the vocabulary": Token(101, "more"),
+        "token.end is 'full' where limit, stop and context make it 'more'": Token(100, "full"),
         "taps.positions are not next": Taps(np.array([7]), True, taps, None),
         "taps.taps is not of the layers": Taps(np.array([3]), True, taps[:2], None),
         "taps.hidden is not what hello asked for": Taps(np.array([3]), True, taps, taps[0, 0]),
@@ -222,5 +223,59 @@ def test_lies_of_the_server_end_the_text():
                 await asyncio.sleep(0.01)
                 assert heard[-1].code == error.value.code and expected in heard[-1].message
             assert len(heard) == len(lies)
+
+    run(body)
+
+
+def test_a_server_that_does_not_end_a_text_is_stopped():
+    """The device counts for itself: no more tokens than it asked for, and none behind a stop token."""
+
+    async def lie(connection):
+        await connection.recv()
+        await connection.send(encode(Welcome("s", "base-1", 101, D, 64, 4096, 1.0)))
+        await connection.recv()
+        for _ in range(10):
+            await connection.send(encode(Token(3, "more")))
+        await connection.wait_closed()
+
+    async def body():
+        async with serve(lie, "127.0.0.1", 0) as server:
+            url, heard = f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}", []
+            for stop, count, end in (((), 4, "limit"), ((3,), 0, "stop")):
+                heard.clear()
+                with pytest.raises(NetworkError, match=f"'more' where limit, stop and context make it '{end}'"):
+                    async with device(url, token=None) as one:
+                        await one.generate(PROMPT, 5, stop, lambda *new: heard.append(new))
+                assert len(heard) == count
+
+    run(body)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (([], 5), "tokens is empty: expected at least one"),
+        (([-1], 5), "prefill.tokens: expected numbers from 0"),
+        (([5], 0), "prefill.limit: expected a whole number from 1"),
+        (([5], 5, [-1]), "prefill.stop: expected numbers from 0"),
+    ],
+)
+def test_texts_that_cannot_be_asked_for(text, expected):
+    """They are refused before a connection is made; nothing was said."""
+    one = Device("ws://127.0.0.1:9", FakeDevice())
+    with pytest.raises(ConfigError, match=expected):
+        run(lambda: one.generate(*text))
+    assert one.history == []
+
+
+def test_one_text_at_a_time():
+    async def body():
+        async with serving(FakeCloud(seconds=0.01)) as cloud, device(cloud) as one:
+            first = asyncio.create_task(one.generate(PROMPT, 5))
+            await asyncio.sleep(0)
+            with pytest.raises(ConfigError, match="this device is writing a text: wait for its end"):
+                await one.generate(PROMPT, 5)
+            assert (await first).tokens == solo(PROMPT, 5)[0]
+            await one.generate(PROMPT, 5)
 
     run(body)
