@@ -6,18 +6,24 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
 
 from mlfs_jax.errors import ConfigError
 from mlfs_jax.hf.load import from_pretrained
+from spa_jax import cli_device
 from spa_jax.cli import main
+from spa_jax.device import Device
+from spa_jax.errors import PluginError
 from spa_jax.network import Link, Shape, methods, predict
 from spa_jax.options import budget_ms, numbers, read_token
 from spa_jax.plugin import Plugin, base_fingerprint, load_plugin, save_plugin, tokenizer_fingerprint
 from spa_jax.seam import Setting
 from tests.spa.conftest import save_tokenizer
+from tests.spa.fake_models import FakeDevice
 from tests.spa.tiny_side import LADDER, tiny_side
 
 CURVE = [{"usage": u / 10, "threshold": 1 - u / 10, "loss": 1.0, "oracle": 1.0} for u in range(11)]
@@ -85,6 +91,38 @@ def test_generate_and_chat(server, plugin, tiny_lm, capsys, monkeypatch):
     assert main(["chat", *common, "--max-new-tokens", "4", "--stats"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("tokens_per_second") == 2 and re.findall(r"connections +(\d)", printed) == ["1", "0"]
+
+
+def test_ctrl_c_ends_a_chat_that_waits_for_a_line(monkeypatch):
+    """At once, not at the next Enter."""
+    waiting, enter = threading.Event(), threading.Event()
+
+    def ask(prompt):
+        waiting.set()
+        enter.wait(5)
+        raise EOFError
+
+    def press():
+        waiting.wait(5)
+        time.sleep(0.2)  # until the loop sleeps, as it does when a person presses a key
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    kit = SimpleNamespace(device=lambda: Device("ws://127.0.0.1:9", FakeDevice()))
+    monkeypatch.setattr(cli_device, "Kit", lambda options: kit)
+    monkeypatch.setattr("builtins.input", ask)
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    threading.Thread(target=press).start()
+    begin = time.monotonic()
+    assert main(["chat", "--server", "x", "--plugin", "x"]) == 130
+    assert time.monotonic() - begin < 4
+    enter.set()
+
+
+def test_a_fallback_reads_the_plugins_tokens_and_writes_what_fits(tiny_lm, tmp_path):
+    own = cli_device._fallback(str(tiny_lm), tokenizer_fingerprint(tiny_lm))
+    assert len(own([5] * 60, 10, [])) == 4 and list(own([5] * 64, 10, [])) == [], "its context is 64"
+    with pytest.raises(PluginError, match=r"fallback = '.*' reads other token ids than this plugin's base"):
+        cli_device._fallback(str(tiny_lm), tokenizer_fingerprint(save_tokenizer(tmp_path / "other", words=30)))
 
 
 @pytest.mark.parametrize(
