@@ -8,6 +8,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
@@ -88,11 +89,15 @@ class Channel:
     """
 
     def __init__(self, url: str, token: str | None, terms: Hello, config: DeviceConfig):
-        scheme, _, rest = url.partition("://")
-        if scheme not in ("ws", "wss") or not rest:
+        try:
+            parts = urlsplit(url)
+            host, _ = parts.hostname or "", parts.port
+            host.encode("idna")
+        except ValueError as error:  # of which a UnicodeError is one
+            raise ConfigError(f"server = {url!r}: expected ws://host:port or wss://host:port; {error}.") from None
+        if parts.scheme not in ("ws", "wss") or not host:
             raise ConfigError(f"server = {url!r}: expected ws://host:port or wss://host:port.")
-        host = rest.split("/")[0].rsplit(":", 1)[0]
-        if scheme == "ws" and token is not None and host not in ("127.0.0.1", "localhost", "[::1]"):
+        if parts.scheme == "ws" and token is not None and host not in ("127.0.0.1", "localhost", "::1"):
             raise ConfigError(f"server = {url!r}: a token would travel in the clear; use wss://.")
         self.url, self.terms, self.config = url, terms, config
         self.stats = Stats()
@@ -209,8 +214,6 @@ class Channel:
             if message.code in HOPELESS:
                 raise NetworkError(f"the server refuses ({message.code}): {message.message}", message.code)
             raise Lost(f"the server says ({message.code}): {message.message}", message.code)
-        if isinstance(message, Bye):
-            raise Lost("the server said goodbye.", "closing")
         return message if isinstance(message, allowed) else decode(data, allowed)  # which says what was expected
 
     async def _broken(self, error: ConnectionClosed) -> Exception:

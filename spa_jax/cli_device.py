@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,6 +32,7 @@ class DeviceOptions:
         head: where tokens are chosen when the side network is used; on the device nothing personal goes up.
         base: where the head's weights are read from, for --head device.
         project: where activations are projected; the cloud must have what `spa publish` wrote.
+        public_gate: leave the gate to the cloud, too, which must have it of `spa publish --gate`; none is sent.
         coding: of activations and states on the wire.
         int8: keep the plugin's kernels in int8.
         usage: share of tokens to use the side network for; the default is what the plugin was calibrated to.
@@ -49,6 +51,7 @@ class DeviceOptions:
     head: Place = "cloud"
     base: str | None = None
     project: Place = "device"
+    public_gate: Flag = False
     coding: Coding = "fp32"
     int8: Flag = False
     usage: float | None = None
@@ -68,6 +71,8 @@ class Kit:
         from spa_jax.device_model import SideDevice
         from spa_jax.plugin import load_plugin, tokenizer_fingerprint
 
+        if options.public_gate and options.project != "cloud":
+            raise ConfigError("public-gate: the cloud finds a gate by the Down beside it; give --project cloud, too.")
         self.options = options
         self.plugin = load_plugin(options.plugin)
         folder = options.tokenizer or _model_folder(options.plugin)
@@ -82,6 +87,7 @@ class Kit:
             threshold=self.plugin.threshold_for(options.usage),
             head=_head(self.plugin, options.head, options.base or folder),
             project=options.project,
+            send_gate=not options.public_gate,
             coding=options.coding,
             budget=None if options.budget is None else budget_ms(options.budget),
             int8=options.int8,
@@ -235,6 +241,7 @@ async def _typed(prompt: str) -> str:
             give(value)
 
     def read() -> None:
+        result: tuple[Callable[[Any], None], Any]
         try:
             result = line.set_result, input(prompt)
         except Exception as error:

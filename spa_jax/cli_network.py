@@ -5,15 +5,13 @@ As in :mod:`spa_jax.cli`, commands import what they need when they run, and anno
 
 import contextlib
 from pathlib import Path
-from typing import Annotated, Any
-
-import tyro
+from typing import Any
 
 from mlfs_jax.errors import ConfigError
 from mlfs_jax.terminal import log_to_stderr, print_json, print_table, spinner
 from spa_jax.cli_device import chat, generate
 from spa_jax.errors import NetworkError
-from spa_jax.options import Coding, Flag, Place, budget_ms, numbers, read_token
+from spa_jax.options import Coding, Flag, Place, RunFolder, budget_ms, numbers, read_token
 
 HELP = """\
   serve     the cloud: base, gates and caches behind a websocket, for many devices at a time
@@ -73,6 +71,8 @@ def serve(
     from spa_jax.cloud_model import DecoderCloud
     from spa_jax.public import load_public
 
+    if not 0 < frame_mb < float("inf"):
+        raise ConfigError(f"frame-mb = {frame_mb}: expected megabytes, more than 0.")
     config = CloudConfig(
         host=host,
         port=port,
@@ -198,7 +198,7 @@ def latency(
 
 
 def calibrate(
-    run: Annotated[Path, tyro.conf.arg(metavar="RUN")],
+    run: RunFolder,
     /,
     *,
     budget: str,
@@ -272,7 +272,7 @@ def calibrate(
 
 
 def publish(
-    run: Annotated[Path, tyro.conf.arg(metavar="RUN")],
+    run: RunFolder,
     /,
     *,
     out: Path,
@@ -283,7 +283,7 @@ def publish(
     Args:
         run: folder of a finished `spa fit`.
         out: the safetensors file to write.
-        gate: the gate, too, so that no device has to send it.
+        gate: the gate, too, so that no device has to send it (--public-gate there).
     """
     from spa_jax.device_model import public_part
     from spa_jax.plugin import load_plugin

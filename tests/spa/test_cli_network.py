@@ -49,7 +49,7 @@ def server(tiny_lm, base, tmp_path_factory):
     token, public = folder / "token", folder / "down.safetensors"
     token.write_text("0123456789abcdef0123\n")
     save_plugin(folder / "run", Plugin(tiny_side(base, LADDER), Setting.SPA, "", ""))
-    assert main(["publish", str(folder / "run"), "--out", str(public)]) == 0
+    assert main(["publish", str(folder / "run"), "--out", str(public), "--gate"]) == 0
     flags = f"serve --model {tiny_lm} --port 0 --token-file {token} --public {public} --slots 2 --context 48"
     process = subprocess.Popen(
         [sys.executable, "-c", "import sys; from spa_jax.cli import main; sys.exit(main())", *flags.split()],
@@ -74,14 +74,15 @@ def test_generate_and_chat(server, plugin, tiny_lm, capsys, monkeypatch):
     url, token, _ = server
     common = ["--server", url, "--token-file", token, "--plugin", str(plugin), "--tokenizer", str(tiny_lm)]
     texts = {}
-    for placement in ("", "--head device", "--project cloud", "--coding int8", "--int8"):
+    as_one = ("", "--head device", "--project cloud", "--project cloud --public-gate")
+    for placement in (*as_one, "--coding int8", "--int8"):
         flags = [*placement.split(), "--prompt", "w5 w9 w11", "--max-new-tokens", "12", "--json"]
         assert main(["generate", *common, *flags]) == 0
         found = json.loads(capsys.readouterr().out)
         assert found["round_trips"] == round(found["usage"] * 12) and found["end"] in ("limit", "stop")
         assert found["bytes_up"] > 0 and found["ms_device"] < found["ms_total"] and found["note"] == ""
         texts[placement] = found["text"]
-    assert len({texts[p] for p in ("", "--head device", "--project cloud")}) == 1 and texts[""].startswith(" w")
+    assert len({texts[p] for p in as_one}) == 1 and texts[""].startswith(" w")
     assert main(["generate", *common, "--prompt", "w5", "--usage", "0", "--stats", "--max-new-tokens", "3"]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"round_trips +0\b", printed) and "device_memory_mb" in printed
@@ -133,6 +134,8 @@ def test_a_fallback_reads_the_plugins_tokens_and_writes_what_fits(tiny_lm, tmp_p
         (["--server", "ws://127.0.0.1:9"], "no connection to ws://127.0.0.1:9"),
         (["--server", "127.0.0.1:9"], "expected ws://host:port"),
         (["--budget", "fast"], "budget = 'fast': expected ms per token, like \"40 ms/token\""),
+        (["--server", "ws://localhost:99999"], "expected ws://host:port or wss://host:port; Port out of range"),
+        (["--public-gate"], "public-gate: the cloud finds a gate by the Down beside it; give --project cloud"),
         (["--usage", "2"], "usage = 2.0: expected a share"),
         (["--tokenizer", "OTHER"], "this plugin was made with another tokenizer than the one in"),
     ],
@@ -143,8 +146,9 @@ def test_mistakes_are_one_line(server, plugin, tiny_lm, tmp_path, capsys, change
     save_tokenizer(tmp_path / "OTHER", words=30)
     changes = [str(tmp_path / part) if part in ("WRONG", "OTHER") else part for part in changes]
     flags = {"--server": url, "--token-file": token, "--plugin": str(plugin), "--tokenizer": str(tiny_lm)}
-    flags |= dict([changes])
-    assert main(["generate", *(x for pair in flags.items() for x in pair), "--prompt", "w5"]) == 2
+    flags |= dict([changes]) if len(changes) == 2 else {}
+    given = [x for pair in flags.items() for x in pair] + (changes if len(changes) == 1 else [])
+    assert main(["generate", *given, "--prompt", "w5"]) == 2
     error = capsys.readouterr().err
     assert expected in error and error.count("\n") == 1
 
@@ -154,6 +158,9 @@ def test_serve_refuses(tiny_lm, tmp_path, capsys):
     assert "give a token that devices have to know" in capsys.readouterr().err
     assert main(f"serve --model {tiny_lm} --public {tmp_path / 'no'} --slots 1".split()) == 2
     assert "holds no public Down" in capsys.readouterr().err
+    for flags, expected in (("--frame-mb nan", "frame-mb = nan"), ("--port 99999", "port = 99999")):
+        assert main(f"serve --model {tiny_lm} {flags}".split()) == 2
+        assert f"{expected}: expected" in capsys.readouterr().err
 
 
 def test_calibrate_writes_the_plugin(plugin, capsys):

@@ -320,6 +320,7 @@ def test_a_server_ends_at_once_while_it_writes():
     """Ctrl-C cancels the main task; the engine lives until the sessions have ended."""
     task, answer = serve_until(lambda cloud, task: task.cancel(), FakeCloud(seconds=0.02))
     assert task.cancelled() and answer.end == "lost" and 0 < len(answer.tokens) < 60
+    assert "(closing): the server is shutting down" in answer.note
 
 
 def test_a_dead_engine_tells_its_sessions_and_ends_the_server():

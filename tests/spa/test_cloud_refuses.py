@@ -41,6 +41,11 @@ def test_who_needs_a_token():
         Device("ws://example.org:8765", FakeDevice(), token=TOKEN)
     with pytest.raises(ConfigError, match="expected ws://host:port or wss://host:port"):
         Device("http://127.0.0.1", FakeDevice())
+    for url in ("localhost:abc", "localhost:99999", "[::1", "..:80", f"{70 * 'x'}:80", ":80", ""):
+        with pytest.raises(ConfigError, match="expected ws://host:port or wss://host:port"):
+            Device(f"ws://{url}", FakeDevice())
+    for url in ("ws://localhost:1", "ws://[::1]:1/", "wss://example.org"):
+        Device(url, FakeDevice(), token=TOKEN)
     assert CloudConfig().host == "127.0.0.1"
 
     async def body():
@@ -55,6 +60,9 @@ def test_who_needs_a_token():
     [
         ({"port": 0, "reply_s": 0}, "reply_s = 0: expected seconds"),
         ({"frame_bytes": 10}, "frame_bytes = 10"),
+        ({"frame_bytes": 2**31}, "frame_bytes = 2147483648: expected from 1024 to 2147483647"),
+        ({"port": -1}, "port = -1: expected a number from 0"),
+        ({"port": 99999}, "port = 99999"),
         ({"tls_cert": "cert.pem"}, "TLS needs a certificate and its key"),
         ({"tls_cert": "no.pem", "tls_key": "no.pem"}, r"the certificate no.pem or its key cannot be used"),
     ],
@@ -62,6 +70,19 @@ def test_who_needs_a_token():
 def test_servers_that_cannot_be(wrong, expected):
     with pytest.raises(ConfigError, match=expected):
         Cloud(FakeCloud(), CloudConfig(**wrong), token=TOKEN)
+
+
+def test_a_cloud_serves_once_and_leaves_nothing_behind_where_it_cannot():
+    async def body():
+        async with serving() as cloud:
+            other, before = Cloud(FakeCloud(), CloudConfig(port=int(cloud.url.rsplit(":")[-1]))), asyncio.all_tasks()
+            with pytest.raises(OSError):
+                await other.__aenter__()
+            assert asyncio.all_tasks() == before
+        with pytest.raises(ConfigError, match="this Cloud has served before: make a new one"):
+            await cloud.__aenter__()
+
+    run(body)
 
 
 @pytest.mark.parametrize(

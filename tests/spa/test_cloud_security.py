@@ -14,7 +14,6 @@ import pytest
 from spa_jax.budget import Pace
 from spa_jax.channel import DeviceConfig
 from spa_jax.errors import NetworkError
-from spa_jax.metrics import Metrics
 from spa_jax.network import Link, Proxy
 from spa_jax.wire import FROM_DEVICE, Bye, Hello, Prefill, Resume, SideState, Step, decode
 from tests.spa.fake_models import GATE, FakeCloud, FakeDevice, solo
@@ -119,6 +118,22 @@ def test_logs_hold_no_text(caplog):
     assert str(tokens)[1:9] not in caplog.text and TOKEN not in caplog.text and "secret-name" not in caplog.text
 
 
+def test_the_log_says_where_the_server_failed(caplog):
+    """Files and lines, innermost last; no words of the exception, which may hold what was written."""
+
+    async def body():
+        async with serving(FakeCloud(fails=True)) as cloud:
+            with pytest.raises(NetworkError, match="its log says where"):
+                await write(cloud.url, config=DeviceConfig(retries=0))
+
+    with caplog.at_level(logging.INFO, "spa_jax.cloud"):
+        run(body)
+    events = [json.loads(record.message) for record in caplog.records if record.name == "spa_jax.cloud"]
+    (failed,) = [event for event in events if event["event"] == "failed"]
+    assert failed["error"] == "RuntimeError" and failed["at"][-1].startswith("fake_models.py:")
+    assert len(failed["at"]) == 4 and "out of memory" not in caplog.text
+
+
 def test_metrics():
     def get(cloud, path, token=TOKEN):
         url = cloud.url.replace("ws://", "http://") + path
@@ -144,14 +159,6 @@ def test_metrics():
     assert 'spa_token_seconds_bucket{le="+Inf"} 11' in lines and "# TYPE spa_step_seconds histogram" in lines
     for metric in ("steps_total", "batch_fill_total", "bytes_total", "errors_total", "evictions_total"):
         assert f"# HELP spa_{metric}" in found[1]
-
-
-def test_quantiles_of_a_histogram():
-    metrics = Metrics()
-    metrics.describe("wait", "histogram", "")
-    for seconds in (0.0005, 0.003, 0.003, 9.0):
-        metrics.observe("wait", seconds)
-    assert [metrics.quantile("wait", q) for q in (0.25, 0.5, 0.75, 1.0)] == [0.001, 0.005, 0.005, float("inf")]
 
 
 def test_a_budget_is_kept_by_asking_for_what_matters_most():
