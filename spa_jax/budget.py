@@ -28,7 +28,7 @@ class Pace:
         """
         Args:
             budget_ms: wanted ms per token, of cloud, network and device together.
-            burst: how many round trips may be saved up.
+            burst: how many round trips may be saved up or overdrawn.
             smoothing: weight of the newest measurement.
         """
         self.budget_ms, self.burst, self.smoothing = budget_ms, burst, smoothing
@@ -56,7 +56,7 @@ class Pace:
         before = cloud_ms if self._cloud_ms is None else self._cloud_ms
         self._cloud_ms = before + self.smoothing * (cloud_ms - before)
         most = self.burst * (self.exchange_ms or self.budget_ms)
-        self.credit_ms = min(self.credit_ms + self.budget_ms - cloud_ms, most)
+        self.credit_ms = float(np.clip(self.credit_ms + self.budget_ms - cloud_ms, -most, most))
         self._probabilities.append(probability)
         self._since += 1
         if probability < threshold:
@@ -70,8 +70,9 @@ class Pace:
         return probability >= float(np.quantile(self._probabilities, 1 - self.usage))
 
     def exchanged(self, ms: float) -> None:
-        """A round trip was made, and took this long."""
+        """A round trip was made, and took this long; one that took much longer than others (a compile) says little."""
         before = ms if self.exchange_ms is None else self.exchange_ms
+        ms = min(ms, self.burst * before)
         self.exchange_ms = before + self.smoothing * (ms - before)
         self.credit_ms -= ms
         self._since = 0

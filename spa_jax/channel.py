@@ -8,6 +8,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
@@ -26,7 +27,7 @@ class DeviceConfig:
 
     Attributes:
         connect_s: for a connection and its greeting.
-        reply_s: for the cloud's next frame; then the link counts as lost.
+        reply_s: for the cloud's next frame, once it has read the prompt; then the link counts as lost.
         answer_s: for a whole text; then it ends with what there is.
         retries: connections that are tried after the last progress, the first ``backoff_s`` after it, each next one
             twice as late.
@@ -88,11 +89,15 @@ class Channel:
     """
 
     def __init__(self, url: str, token: str | None, terms: Hello, config: DeviceConfig):
-        scheme, _, rest = url.partition("://")
-        if scheme not in ("ws", "wss") or not rest:
+        try:
+            parts = urlsplit(url)
+            host, _ = parts.hostname or "", parts.port
+            host.encode("idna")
+        except ValueError as error:  # of which a UnicodeError is one
+            raise ConfigError(f"server = {url!r}: expected ws://host:port or wss://host:port; {error}.") from None
+        if parts.scheme not in ("ws", "wss") or not host:
             raise ConfigError(f"server = {url!r}: expected ws://host:port or wss://host:port.")
-        host = rest.split("/")[0].rsplit(":", 1)[0]
-        if scheme == "ws" and token is not None and host not in ("127.0.0.1", "localhost", "[::1]"):
+        if parts.scheme == "ws" and token is not None and host not in ("127.0.0.1", "localhost", "::1"):
             raise ConfigError(f"server = {url!r}: a token would travel in the clear; use wss://.")
         self.url, self.terms, self.config = url, terms, config
         self.stats = Stats()
@@ -109,9 +114,11 @@ class Channel:
         connection, self._connection = self._connection, None
         if connection is not None:
             with suppress(ConnectionClosed, TimeoutError, OSError):
-                await asyncio.wait_for(connection.send(encode(Bye())), 1)
+                async with asyncio.timeout(1):
+                    await connection.send(encode(Bye()))
             with suppress(TimeoutError, OSError):
-                await asyncio.wait_for(connection.close(), 1)
+                async with asyncio.timeout(1):
+                    await connection.close()
 
     def drop(self) -> None:
         """Leave without a word."""
@@ -167,7 +174,8 @@ class Channel:
             raise NetworkError(f"a frame of {len(data)} bytes is needed, the server accepts {limit}.", "too-large")
         begin = time.perf_counter()
         try:
-            await asyncio.wait_for(self._connection.send(data), self.config.reply_s)
+            async with asyncio.timeout(self.config.reply_s):
+                await self._connection.send(data)
         except ConnectionClosed as error:
             raise await self._broken(error) from None
         except TimeoutError:
@@ -179,7 +187,8 @@ class Channel:
     async def receive(self, allowed: tuple[type[M], ...], timeout: float | None = None) -> M:
         timeout, begin = timeout or self.config.reply_s, time.perf_counter()
         try:
-            data = await asyncio.wait_for(self._connection.recv(), timeout)
+            async with asyncio.timeout(timeout):
+                data = await self._connection.recv()
         except ConnectionClosed as error:
             raise await self._broken(error) from None
         except TimeoutError:
@@ -194,8 +203,9 @@ class Channel:
         connection, self._connection = self._connection, None
         if connection is not None:
             with suppress(ConnectionClosed, TimeoutError, OSError):
-                await asyncio.wait_for(connection.send(encode(Error(error.code, str(error)[:1000]))), 1)
-                await asyncio.wait_for(connection.close(1008, error.code), 1)
+                async with asyncio.timeout(1):
+                    await connection.send(encode(Error(error.code, str(error)[:1000])))
+                    await connection.close(1008, error.code)
 
     def _understand(self, data: str | bytes, allowed: tuple[type[M], ...]) -> M:
         """The message. Raises NetworkError or Lost for one that is an error, WireError for one that cannot be."""
@@ -204,15 +214,14 @@ class Channel:
             if message.code in HOPELESS:
                 raise NetworkError(f"the server refuses ({message.code}): {message.message}", message.code)
             raise Lost(f"the server says ({message.code}): {message.message}", message.code)
-        if isinstance(message, Bye):
-            raise Lost("the server said goodbye.", "closing")
         return message if isinstance(message, allowed) else decode(data, allowed)  # which says what was expected
 
     async def _broken(self, error: ConnectionClosed) -> Exception:
         """What a broken connection means; the server's last words, if there are any, say it best."""
         for _ in range(4):
             try:
-                data = await asyncio.wait_for(self._connection.recv(), 0.1)
+                async with asyncio.timeout(0.1):
+                    data = await self._connection.recv()
                 message = decode(data, FROM_CLOUD, frame_bytes=self.terms.frame_bytes)
             except (ConnectionClosed, TimeoutError, WireError):
                 break

@@ -16,6 +16,7 @@ import tyro
 from mlfs_jax.errors import ConfigError
 from mlfs_jax.terminal import log_to_stderr, print_json, print_table, run_command, set_up_jax, spinner
 from spa_jax import cli_network
+from spa_jax.options import Flag, RunFolder
 
 HELP = f"""\
 usage: spa COMMAND ...      (spa COMMAND --help lists its options)
@@ -35,9 +36,6 @@ examples:
   spa show runs/spa --prompt "The Thames is a river in England.\\n\\nShort description:"
 {cli_network.EXAMPLES}  spa --print-completion bash (or zsh, tcsh; see your shell's manual)
 """
-
-RunFolder = Annotated[Path, tyro.conf.arg(metavar="RUN")]
-Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,7 +61,7 @@ def _fit():
         config: Annotated[FitConfig, tyro.conf.arg(name="")] = FitConfig(model=tyro.MISSING, task=tyro.MISSING),  # noqa: B008
         *,
         out: RunFolder,
-        per_user: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="")] = False,
+        per_user: Annotated[Flag, tyro.conf.FlagCreatePairsOff] = False,
         mesh: str | None = None,
     ) -> int:
         """Train a plugin: the side network, then its gate, whose threshold is set for the wanted usage.

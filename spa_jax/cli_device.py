@@ -1,7 +1,10 @@
 """The device's commands: ``spa chat`` and ``spa generate``. Annotations are not postponed, see :mod:`spa_jax.cli`."""
 
 import asyncio
+import contextlib
 import sys
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,6 +32,7 @@ class DeviceOptions:
         head: where tokens are chosen when the side network is used; on the device nothing personal goes up.
         base: where the head's weights are read from, for --head device.
         project: where activations are projected; the cloud must have what `spa publish` wrote.
+        public_gate: leave the gate to the cloud, too, which must have it of `spa publish --gate`; none is sent.
         coding: of activations and states on the wire.
         int8: keep the plugin's kernels in int8.
         usage: share of tokens to use the side network for; the default is what the plugin was calibrated to.
@@ -47,6 +51,7 @@ class DeviceOptions:
     head: Place = "cloud"
     base: str | None = None
     project: Place = "device"
+    public_gate: Flag = False
     coding: Coding = "fp32"
     int8: Flag = False
     usage: float | None = None
@@ -66,6 +71,8 @@ class Kit:
         from spa_jax.device_model import SideDevice
         from spa_jax.plugin import load_plugin, tokenizer_fingerprint
 
+        if options.public_gate and options.project != "cloud":
+            raise ConfigError("public-gate: the cloud finds a gate by the Down beside it; give --project cloud, too.")
         self.options = options
         self.plugin = load_plugin(options.plugin)
         folder = options.tokenizer or _model_folder(options.plugin)
@@ -80,12 +87,14 @@ class Kit:
             threshold=self.plugin.threshold_for(options.usage),
             head=_head(self.plugin, options.head, options.base or folder),
             project=options.project,
+            send_gate=not options.public_gate,
             coding=options.coding,
             budget=None if options.budget is None else budget_ms(options.budget),
             int8=options.int8,
         )
-        self.model.warm_up()
-        self.fallback = None if options.fallback is None else _fallback(options.fallback)
+        for positions in (1,) if options.budget is None else (1, 2, 4, 8):  # a compile would pass for a slow link
+            self.model.warm_up(positions)
+        self.fallback = None if options.fallback is None else _fallback(options.fallback, self.plugin.tokenizer)
 
     def device(self):
         from spa_jax.channel import DeviceConfig
@@ -141,14 +150,23 @@ def _head(plugin, place: str, base) -> dict | None:
     return {name: weights[name][...] for name in head_names(model.decoder)}
 
 
-def _fallback(name: str):
-    """Continues with a small model of the device's own."""
+def _fallback(name: str, tokenizer: str):
+    """Continues with a small model of the device's own, of the same tokenizer, as far as its context goes."""
     from mlfs_jax.generate import GenerateConfig, generate
     from mlfs_jax.load import load_subnet
+    from spa_jax.plugin import tokenizer_fingerprint
 
     model = load_subnet(*name.split("#", 1))
+    if model.source is None or tokenizer_fingerprint(model.source) != tokenizer:
+        raise PluginError(
+            f"fallback = {name!r} reads other token ids than this plugin's base: expected a model with the tokenizer "
+            "that the plugin was made with."
+        )
 
     def go_on(history: list[int], limit: int, stop) -> list[int]:
+        limit = min(limit, model.config.max_positions - len(history))
+        if limit < 1:
+            return []
         config = GenerateConfig(max_new_tokens=limit, stop_tokens=tuple(stop))
         found = generate(model, [history], config)
         ended = [stop[0]] if stop and found.finished[0] else []
@@ -211,6 +229,30 @@ def generate(options: Options, *, prompt: str, json: Flag = False) -> int:
     return 0 if answer.end in ("stop", "limit", "full") else 3
 
 
+async def _typed(prompt: str) -> str:
+    """A line of the user's, read in a thread that nothing waits for: Ctrl-C ends a chat at once."""
+    if not sys.stdin.isatty():  # a pipe ends by itself; and Python must not end while a thread reads one
+        return await asyncio.to_thread(input, prompt)
+    loop = asyncio.get_running_loop()
+    line: asyncio.Future[str] = loop.create_future()
+
+    def settle(give, value) -> None:
+        if not line.done():
+            give(value)
+
+    def read() -> None:
+        result: tuple[Callable[[Any], None], Any]
+        try:
+            result = line.set_result, input(prompt)
+        except Exception as error:
+            result = line.set_exception, error
+        with contextlib.suppress(RuntimeError):  # the chat has ended
+            loop.call_soon_threadsafe(settle, *result)
+
+    threading.Thread(target=read, daemon=True).start()
+    return await line
+
+
 def chat(options: Options) -> None:
     """Talk to a server, line by line; each line goes on after all before. An empty line or Ctrl-D ends it."""
     kit = Kit(options)
@@ -219,7 +261,7 @@ def chat(options: Options) -> None:
         async with kit.device() as device:
             while True:
                 try:
-                    line = await asyncio.to_thread(input, "> ")
+                    line = await _typed("> ")
                 except EOFError:
                     return
                 if not line.strip():

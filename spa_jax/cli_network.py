@@ -5,15 +5,13 @@ As in :mod:`spa_jax.cli`, commands import what they need when they run, and anno
 
 import contextlib
 from pathlib import Path
-from typing import Annotated, Any
-
-import tyro
+from typing import Any
 
 from mlfs_jax.errors import ConfigError
 from mlfs_jax.terminal import log_to_stderr, print_json, print_table, spinner
 from spa_jax.cli_device import chat, generate
 from spa_jax.errors import NetworkError
-from spa_jax.options import Coding, Flag, Place, budget_ms, numbers, read_token
+from spa_jax.options import Coding, Flag, Place, RunFolder, budget_ms, numbers, read_token
 
 HELP = """\
   serve     the cloud: base, gates and caches behind a websocket, for many devices at a time
@@ -73,6 +71,8 @@ def serve(
     from spa_jax.cloud_model import DecoderCloud
     from spa_jax.public import load_public
 
+    if not 0 < frame_mb < float("inf"):
+        raise ConfigError(f"frame-mb = {frame_mb}: expected megabytes, more than 0.")
     config = CloudConfig(
         host=host,
         port=port,
@@ -147,8 +147,15 @@ def latency(
     from spa_jax.latency import compare, constants, plot, running
     from spa_jax.network import LLAMA_7B, Link, Shape, methods
 
+    if tokens < (least := 1 if plugin is None else 2):
+        raise ConfigError(f"tokens = {tokens}: expected at least {least} to measure.")
+    if not 0 <= usage <= 1:
+        raise ConfigError(f"usage = {usage}: expected a share of the tokens, between 0 and 1.")
+    for name, ms in (("cloud-ms", cloud_ms), ("device-ms", device_ms)):
+        if ms is not None and not 0 <= ms < float("inf"):
+            raise ConfigError(f"{name} = {ms}: expected ms, at least 0.")
     links = [Link(r, b, jitter, loss) for r in numbers(rtt, "rtt") for b in numbers(bandwidth, "bandwidth")]
-    shape = LLAMA_7B
+    shape, memory = LLAMA_7B, "stateless"
     with spinner() as advance:
         if plugin is not None:
             from spa_jax.train import load_run
@@ -156,16 +163,20 @@ def latency(
             advance("measuring the model's own times")
             fitted = load_run(plugin)
             side, backbone = fitted.plugin.side, fitted.model.decoder
+            memory = side.config.memory
             attention = (backbone.heads + backbone.kv_heads) * backbone.head_dim
             shape = Shape(backbone.embed, backbone.layers, len(side.tapped) + 1, side.config.width, attention)
             if cloud_ms is None or device_ms is None:
                 found = constants(fitted.model, fitted.plugin)
-                cloud_ms, device_ms = cloud_ms or found[0], device_ms or found[1]
+                cloud_ms = found[0] if cloud_ms is None else cloud_ms
+                device_ms = found[1] if device_ms is None else device_ms
         times: dict[str, Any] = {
             "cloud_ms": 30.0 if cloud_ms is None else cloud_ms,
             "device_ms": 5.0 if device_ms is None else device_ms,
         }
-        rows = compare(methods(shape, coding=coding, usage=usage), links, tokens=tokens, advance=advance, **times)
+        # as the plugin runs below; the paper's plugins have their activations projected in the cloud
+        ways = methods(shape, coding=coding, usage=usage, projected=plugin is None, memory=memory)
+        rows = compare(ways, links, tokens=tokens, advance=advance, **times)
         if plugin is not None:
             advance("running cloud and device")
             rows += running(fitted.model, fitted.plugin, shape, links, tokens=tokens, coding=coding, **times)
@@ -187,7 +198,7 @@ def latency(
 
 
 def calibrate(
-    run: Annotated[Path, tyro.conf.arg(metavar="RUN")],
+    run: RunFolder,
     /,
     *,
     budget: str,
@@ -232,16 +243,19 @@ def calibrate(
     side = plugin.side
     shape = Shape(side.backbone.embed, side.backbone.layers, len(side.tapped) + 1, side.config.width, 1)
     spa = methods(shape, coding=coding, projected=project == "cloud", usage=1.0)[0]
-    exchange = device_ms + link.exchange_ms(spa.down + spa.up)
-    usage = min(max((wanted - cloud_ms) / exchange, 0.0), 1.0)
+    # "lazy" memory sends the activations of every token down, sooner or later; else only those of gated ones travel
+    lazy = side.config.memory == "lazy"
+    down_ms = link.exchange_ms(spa.down) - link.exchange_ms(0) if lazy else 0.0
+    exchange = device_ms + link.exchange_ms(spa.up if lazy else spa.down + spa.up)
+    usage = min(max((wanted - cloud_ms - down_ms) / exchange, 0.0), 1.0)
+    cost = lambda usage: cloud_ms + (down_ms + usage * exchange if usage else 0.0)  # noqa: E731
     threshold = plugin.threshold_for(usage)
     save_plugin(run, plugin.replace(threshold=threshold, usage=usage))
     result = {"budget_ms": wanted, "cloud_ms": cloud_ms, "device_ms": device_ms, "exchange_ms": exchange}
-    result |= {"usage": usage, "threshold": threshold, "ms_per_token": cloud_ms + usage * exchange}
+    result |= {"down_ms": down_ms, "usage": usage, "threshold": threshold, "ms_per_token": cost(usage)}
     if png is not None:
         from spa_jax.latency import plot_budget
 
-        cost = lambda usage: cloud_ms + usage * exchange  # noqa: E731
         points = [(cost(point["usage"]), point["loss"]) for point in plugin.calibration]
         losses = sorted((point["usage"], point["loss"]) for point in plugin.calibration)
         usages, held = zip(*losses, strict=True)
@@ -252,12 +266,13 @@ def calibrate(
         return
     for name, value in result.items():
         print(f"{name:14} {value:.4g}")
-    if cloud_ms > wanted:
-        print("the cloud alone takes longer than the budget: the side network will not be used")
+    if cloud_ms + down_ms > wanted:
+        alone = "the cloud alone" if cloud_ms > wanted else "the cloud, with the activations that it sends down,"
+        print(f"{alone} takes longer than the budget: the side network will not be used")
 
 
 def publish(
-    run: Annotated[Path, tyro.conf.arg(metavar="RUN")],
+    run: RunFolder,
     /,
     *,
     out: Path,
@@ -268,7 +283,7 @@ def publish(
     Args:
         run: folder of a finished `spa fit`.
         out: the safetensors file to write.
-        gate: the gate, too, so that no device has to send it.
+        gate: the gate, too, so that no device has to send it (--public-gate there).
     """
     from spa_jax.device_model import public_part
     from spa_jax.plugin import load_plugin

@@ -16,6 +16,7 @@ import json
 import logging
 import secrets
 import ssl
+import traceback
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from websockets.exceptions import ConnectionClosed
 
 from mlfs_jax.errors import ConfigError
 from spa_jax.engine import CloudModel, Engine
-from spa_jax.errors import WireError
+from spa_jax.errors import NetworkError, WireError
 from spa_jax.metrics import Metrics
 from spa_jax.session import Refused, Session
 from spa_jax.wire import FRAME_BYTES
@@ -48,7 +49,7 @@ class CloudConfig:
         hello_s: for the first frame of a connection.
         reply_s: for a device's answer.
         send_s: for a device to take a frame.
-        queue_s: for a free slot.
+        queue_s: for a free slot; less than a device waits for its answer, so that it hears of a full server.
         idle_s: before an idle session loses its slot; it resumes by replay.
         linger_s: before an idle connection is closed.
         connections: at a time; None: four for each slot, and 16.
@@ -62,7 +63,7 @@ class CloudConfig:
     hello_s: float = 5.0
     reply_s: float = 10.0
     send_s: float = 10.0
-    queue_s: float = 10.0
+    queue_s: float = 5.0
     idle_s: float = 60.0
     linger_s: float = 600.0
     connections: int | None = None
@@ -74,8 +75,10 @@ class CloudConfig:
         for name in ("hello_s", "reply_s", "send_s", "queue_s", "idle_s", "linger_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} = {getattr(self, name)}: expected seconds, more than 0.")
-        if self.frame_bytes < 1024:
-            raise ConfigError(f"frame_bytes = {self.frame_bytes}: expected at least 1024.")
+        if not 0 <= self.port < 2**16:
+            raise ConfigError(f"port = {self.port}: expected a number from 0 (any free one) to {2**16 - 1}.")
+        if not 1024 <= self.frame_bytes < 2**31:
+            raise ConfigError(f"frame_bytes = {self.frame_bytes}: expected from 1024 to {2**31 - 1}.")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ConfigError("TLS needs a certificate and its key; give both tls_cert and tls_key, or neither.")
 
@@ -83,11 +86,10 @@ class CloudConfig:
 class Slots:
     """The engine's slots: free, in use, or kept for an idle session until another needs it."""
 
-    def __init__(self, count: int, metrics: Metrics):
+    def __init__(self, count: int):
         self.free = list(range(count))
         self.idle: dict[Session, bool] = {}
         self._waiting: deque = deque()
-        self.metrics = metrics
 
     async def acquire(self, timeout: float) -> int:
         """A slot: a free one, that of the session that has been idle for longest, or the next to become free.
@@ -102,12 +104,22 @@ class Slots:
         future = asyncio.get_running_loop().create_future()
         self._waiting.append(future)
         try:
-            return await asyncio.wait_for(future, timeout)
-        except TimeoutError:
-            raise Refused("busy", "all sessions of this server are in use; try again.") from None
+            async with asyncio.timeout(timeout):
+                return await future
+        except (TimeoutError, asyncio.CancelledError) as error:
+            if future.done() and not future.cancelled():
+                self.release(future.result())  # it came in the very turn of the loop in which the time was up
+            if isinstance(error, TimeoutError):
+                raise Refused("busy", "all sessions of this server are in use; try again.") from None
+            raise
         finally:
             if future in self._waiting:
                 self._waiting.remove(future)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether somebody waits for one."""
+        return any(not future.done() for future in self._waiting)
 
     def release(self, slot: int) -> None:
         """Hand a slot to whoever waits for one, or keep it free."""
@@ -150,12 +162,14 @@ class Cloud:
         self.metrics = Metrics()
         describe_metrics(self.metrics)
         self.engine = Engine(model, self.metrics)
-        self.slots = Slots(model.slots, self.metrics)
-        self._connections = 0
+        self.slots = Slots(model.slots)
+        self._sessions: set[Session] = set()
+        self._running: asyncio.Task | None = None
 
     async def __aenter__(self) -> Cloud:
+        if self._running is not None:
+            raise ConfigError("this Cloud has served before: make a new one; its model may be the same.")
         config = self.config
-        self._running = asyncio.create_task(self.engine.run())
         self._server = await serve(
             self._handle,
             config.host,
@@ -169,6 +183,7 @@ class Cloud:
             close_timeout=1,
             logger=_QUIET,
         )
+        self._running = asyncio.create_task(self.engine.run())
         host = f"[{config.host}]" if ":" in config.host else config.host
         port = self._server.sockets[0].getsockname()[1]
         self.url = f"{'wss' if self._ssl else 'ws'}://{host}:{port}"
@@ -178,6 +193,8 @@ class Cloud:
         return self
 
     async def __aexit__(self, *_) -> None:
+        last = "the server is shutting down; connect again when it is back."
+        await asyncio.gather(*(session.say_error("closing", last) for session in self._sessions))
         self._server.close()
         await self._server.wait_closed()
         self._running.cancel()
@@ -187,7 +204,7 @@ class Cloud:
 
     async def serve_forever(self) -> None:
         """Until cancelled; or until the engine dies, with its error."""
-        await self._running
+        await asyncio.shield(self._running)  # sessions need it to the end: __aexit__ stops it behind them
 
     def _admit(self, connection: ServerConnection, request: Request) -> Response | None:
         """Answer a handshake: None lets it through."""
@@ -203,7 +220,7 @@ class Cloud:
         if request.path not in ("", "/"):
             return connection.respond(HTTPStatus.NOT_FOUND, "there is / for devices, /metrics and /healthz.\n")
         most = self.config.connections or 4 * self.model.slots + 16
-        if self._connections >= most:
+        if len(self._sessions) >= most:
             self.metrics.add("errors_total", code="busy")
             return connection.respond(
                 HTTPStatus.SERVICE_UNAVAILABLE, f"busy: {most} connections are open; try again.\n"
@@ -221,25 +238,27 @@ class Cloud:
 
     async def _handle(self, connection: ServerConnection) -> None:
         session = Session(connection, self.engine, self.slots, self.config, secrets.token_hex(4))
-        self._connections += 1
-        self.metrics.set("connections", self._connections)
+        self._sessions.add(session)
+        self.metrics.set("connections", len(self._sessions))
         code, reason = "ok", None
         try:
             await session.run()
-        except (WireError, Refused) as error:
+        except (WireError, Refused, NetworkError) as error:
             code, reason = error.code, str(error)
         except ConnectionClosed as error:
-            code = "too-large" if error.sent is not None and error.sent.code == 1009 else "lost"
+            said = None if error.sent is None else (error.sent.code, error.sent.reason)
+            code = "closing" if said == (1008, "closing") else "too-large" if said and said[0] == 1009 else "lost"
         except TimeoutError:
             code, reason = "timeout", f"nothing was heard or taken for too long while {session.doing}."
         except Exception as error:
             code, reason = "internal", "the server failed at this; its log says where."
-            log("failed", session=session.name, error=type(error).__name__, doing=session.doing)
+            at = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
+            log("failed", session=session.name, error=type(error).__name__, doing=session.doing, at=at[-4:])
             LOG.debug("traceback", exc_info=True)
         finally:
             session.release()
-            self._connections -= 1
-            self.metrics.set("connections", self._connections)
+            self._sessions.discard(session)
+            self.metrics.set("connections", len(self._sessions))
             if code != "ok":
                 self.metrics.add("errors_total", code=code)
             log("ended", session=session.name, code=code, doing=session.doing, **session.counts())

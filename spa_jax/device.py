@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
+from mlfs_jax.errors import ConfigError
 from spa_jax.channel import Channel, DeviceConfig, Lost, Stats
 from spa_jax.errors import NetworkError, WireError
-from spa_jax.wire import Hello, Prefill, Resume, SideState, Step, Taps, Token, ending
+from spa_jax.wire import Hello, Prefill, Resume, SideState, Step, Taps, Token, encode, ending
 
 
 class DeviceModel(Protocol):
@@ -89,6 +90,7 @@ class Device:
         self.terms = model.terms()
         self.history: list[int] = []
         self._channel = Channel(url, token, self.terms, self.config)
+        self._busy = False  # a text is being written
         self._live = False  # the session has the whole history, but for what is being sent
         self._state, self._seen = model.start(), 0
         self._undo: tuple[Any, int] | None = None  # before the frame that no token has answered yet
@@ -119,14 +121,24 @@ class Device:
             on_token: called with each new token, and whether the side network was used, as they come.
 
         Raises:
+            ConfigError: nothing to say, a limit or stop tokens that cannot be; or another text is being written.
             NetworkError: the server refuses, or cannot be reached and nothing was written yet.
         """
+        if self._busy:
+            raise ConfigError("this device is writing a text: wait for its end, or make another Device for this one.")
         answer, begin = Answer(), time.perf_counter()
-        self._channel.stats = answer.stats
         text = _Text(list(tokens), limit, np.asarray(stop, np.int32), on_token, answer)
+        if not text.prompt:
+            raise ConfigError("tokens is empty: expected at least one, such as the beginning-of-text token.")
+        try:
+            encode(Prefill(np.asarray(text.prompt), limit, text.stop))
+        except WireError as error:
+            raise ConfigError(f"this text cannot be asked for: {error}") from None
+        self._channel.stats, self._busy = answer.stats, True
         self.history += text.prompt
         try:
-            await asyncio.wait_for(self._persist(text), self.config.answer_s)
+            async with asyncio.timeout(self.config.answer_s):
+                await self._persist(text)
         except TimeoutError:
             self._leave()
             answer.end, answer.note = "timeout", f"the text was not complete after {self.config.answer_s:g} s."
@@ -142,6 +154,8 @@ class Device:
         except BaseException:
             self._forget(text)
             raise
+        finally:
+            self._busy = False
         if answer.end in ("timeout", "lost") and self.fallback is not None:
             self._continue_alone(text)
         answer.stats.total = time.perf_counter() - begin
@@ -178,15 +192,25 @@ class Device:
 
     def _continue_alone(self, text: _Text) -> None:
         answer = text.answer
-        for token in self.fallback(list(self.history), text.limit - len(answer.used), text.stop.tolist()):
-            end = self._take(text, int(token), False, room=1)
+        for token in self._own(text):
+            if token is None:
+                return
+            end = self._take(text, int(token), False)
             answer.local += end != "stop"
             if end != "more":
                 answer.end = end
                 break
         else:
-            answer.end = "limit" if len(answer.used) >= text.limit else "full"
+            answer.end = "full"
         answer.note += " The device went on with its own model."
+
+    def _own(self, text: _Text) -> Iterator[int | None]:
+        """The tokens of the device's own model, and None when it fails: what there is of the text is kept."""
+        try:
+            yield from self.fallback(list(self.history), text.limit - len(text.answer.used), text.stop.tolist())
+        except Exception as error:
+            text.answer.note += f" The device's own model failed: {type(error).__name__}: {error}"
+            yield None
 
     # ------------------------------------------------------------------------------------------------- one link
     async def _write(self, text: _Text) -> None:
@@ -199,8 +223,11 @@ class Device:
         else:
             await channel.send(Resume(np.asarray(self.history, np.int32), self._seen, left, text.stop))
         self._live, used = False, False  # until the text is whole
+        patience = self.config.answer_s  # reading a prompt takes what it takes; pings find a link that is dead
         while True:
-            message: Taps | Token = await channel.receive((Taps, Token))
+            message: Taps | Token = await channel.receive((Taps, Token), patience)
+            if isinstance(message, Token) or message.due:
+                patience = self.config.reply_s
             if isinstance(message, Token):
                 self._check(message.token < channel.welcome.vocab, "token.token is not in the vocabulary")
                 token, told = message.token, message.end
@@ -217,8 +244,8 @@ class Device:
 
     def _take(self, text: _Text, token: int, used: bool, *, told: str | None = None, room: int = 1) -> str:
         """A new token; what comes after it, as the cloud says or as both sides know."""
-        left = text.limit - len(text.answer.used)
-        end = told or ending(token, text.stop, left, room)
+        end = ending(token, text.stop, text.limit - len(text.answer.used), room)
+        self._check(told in (None, end), f"token.end is {told!r} where limit, stop and context make it {end!r}")
         self.history.append(token)
         text.answer.used.append(used)
         if end != "stop":

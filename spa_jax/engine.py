@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from spa_jax.errors import NetworkError
 from spa_jax.metrics import Metrics
 from spa_jax.wire import Hello
 
@@ -93,6 +94,8 @@ class Engine:
         self._prompts: list[_Job] = []
         self._steps: list[_Job] = []
         self._answers: list[_Job] = []
+        self._asked: set[asyncio.Future] = set()  # of all jobs that are not done, those in a batch too
+        self._ended = False
         self._wake = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, "spa-model")
         metrics.describe("steps_total", "counter", "Batched decoding steps.")
@@ -112,13 +115,17 @@ class Engine:
         return await self._ask(self._answers, slot, g)
 
     async def _ask(self, queue: list[_Job], slot: int, payload: Any) -> Any:
+        if self._ended:
+            raise _over()
         job = _Job(slot, payload, asyncio.get_running_loop().create_future())
+        self._asked.add(job.done)
+        job.done.add_done_callback(self._asked.discard)
         queue.append(job)
         self._wake.set()
         return await job.done
 
     async def run(self) -> None:
-        """Serve until cancelled."""
+        """Serve until cancelled; then whoever still waits is told."""
         try:
             while True:
                 if not (self._prompts or self._steps or self._answers):
@@ -127,7 +134,10 @@ class Engine:
                 await self._gather()
                 await self._round()
         finally:
-            self._thread.shutdown(wait=False, cancel_futures=True)
+            self._ended = True
+            for future in self._asked:
+                _settle(future, _over())
+            self._thread.shutdown(wait=False)
 
     async def _gather(self) -> None:
         """Wait a little for those who are about to ask: a step costs the same for one and for all."""
@@ -172,6 +182,10 @@ def _take(queue: list[_Job]) -> list[_Job]:
     jobs = [job for job in queue if not job.done.cancelled()]
     queue.clear()
     return jobs
+
+
+def _over() -> NetworkError:
+    return NetworkError("the server is closing: its model answers no more.", "closing")
 
 
 def _settle(future: asyncio.Future, result: Any) -> None:

@@ -42,16 +42,6 @@ class Metrics:
             return sum(self._histograms[name])
         return self._values[name][_labels(labels)]
 
-    def quantile(self, name: str, share: float) -> float:
-        """Upper bound, in seconds, of the bucket that holds this share of a histogram; inf above the last."""
-        counts, reached = self._histograms[name], 0
-        wanted = share * sum(counts)
-        for bound, count in zip((*LATENCIES, float("inf")), counts, strict=True):
-            reached += count
-            if reached >= wanted:
-                return bound
-        return float("inf")
-
     def text(self) -> str:
         """The exposition format of Prometheus, version 0.0.4."""
         lines = []

@@ -8,6 +8,7 @@ import tyro
 
 from mlfs_jax.errors import ConfigError
 
+RunFolder = Annotated[Path, tyro.conf.arg(metavar="RUN")]
 Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
 Coding = Literal["fp32", "fp16", "int8"]
 Place = Literal["cloud", "device"]

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 import numpy as np
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, ConnectionClosedError
+from websockets.protocol import State
 
 from spa_jax.budget import Pace
 from spa_jax.engine import Engine, Read
@@ -103,6 +104,7 @@ class Session:
         self.doing = "waiting for hello"
         self.terms: Hello | None = None
         self._started = False  # a text
+        self._carries_prompt = False  # the next round trip: it says nothing of what others take
         self._up = self._down = self._tokens = self._exchanges = 0
 
     def counts(self) -> dict[str, int]:
@@ -118,13 +120,15 @@ class Session:
                 f"a frame of {len(data)} bytes is needed, the device accepts {self.terms.frame_bytes}; raise its "
                 "frame_bytes, or use a smaller coding or a public Down.",
             )
-        await asyncio.wait_for(self.connection.send(data), self.config.send_s)
+        async with asyncio.timeout(self.config.send_s):
+            await self.connection.send(data)
         self._down += len(data)
         self.metrics.add("bytes_total", len(data), direction="down")
 
     async def receive(self, allowed: tuple[type[M], ...], timeout: float) -> M:
         """The next message; raises Refused when it is an error, and EOFError when it is a goodbye."""
-        data = await asyncio.wait_for(self.connection.recv(), timeout)
+        async with asyncio.timeout(timeout):
+            data = await self.connection.recv()
         self._up += len(data)
         self.metrics.add("bytes_total", len(data), direction="up")
         message = decode(data, FROM_DEVICE, frame_bytes=self.config.frame_bytes)
@@ -138,7 +142,8 @@ class Session:
         """Tell the device, if it still listens, and close."""
         with suppress(ConnectionClosed, TimeoutError, OSError):
             data = encode(Error(code, message[:1000]))
-            await asyncio.wait_for(self.connection.send(data), min(1.0, self.config.send_s))
+            async with asyncio.timeout(min(1.0, self.config.send_s)):
+                await self.connection.send(data)
             await self.connection.close(1008, code)
 
     # -------------------------------------------------------------------------------------------------- its life
@@ -193,7 +198,9 @@ class Session:
     async def _next_text(self) -> Prefill | Resume:
         """Wait for what to write next; the slot is given up on the way, when it takes long or another needs it."""
         self.doing = "waiting for a prompt"
-        if self.slot is not None:
+        if self.slot is not None and self.slots.wanted:
+            self.evict()
+        elif self.slot is not None:
             self.slots.idle[self] = True
         listening: asyncio.Future[Prefill | Resume] = asyncio.ensure_future(
             self.receive((Prefill, Resume), self.config.linger_s)
@@ -255,9 +262,9 @@ class Session:
         self._started = True
         self.doing = "reading a prompt"
         self.metrics.add("prompt_tokens_total", len(tokens))
-        begin = time.perf_counter()
         read = await self._read(tokens, seen)
-        self.doing = "writing"
+        self.doing, self._carries_prompt = "writing", True
+        begin = time.perf_counter()  # the prompt is not a part of the first token's time
         for left in range(request.limit, 0, -1):
             used = self._wants(float(read.gate[-1]), begin)
             token, told = await self._ask(read) if used else (read.token, False)
@@ -283,6 +290,8 @@ class Session:
     async def _read(self, tokens: list[int], seen: int = 0) -> Read:
         """Read tokens, in chunks; what the device may have to see of them waits, or is sent ahead when it is much."""
         for i in range(0, len(tokens), self.model.chunk):
+            if self.connection.state is not State.OPEN:
+                raise ConnectionClosedError(None, None)  # nobody waits for the rest
             chunk = tokens[i : i + self.model.chunk]
             read = await self.engine.read(self.slot, chunk)
             sigma = read.gate >= self.terms.threshold if self.gated else np.ones(len(chunk), bool)
@@ -314,8 +323,9 @@ class Session:
         answer: Step | SideState = await self.receive((Step if at_device else SideState,), self.config.reply_s)
         if answer.position != last:
             raise WireError(f"an answer for position {answer.position}: expected one for {last}.")
-        if self.pace is not None:
+        if self.pace is not None and not self._carries_prompt:
             self.pace.exchanged(1e3 * (time.perf_counter() - begin))
+        self._carries_prompt = False
         self._exchanges += 1
         self.metrics.observe("exchange_seconds", time.perf_counter() - begin)
         if isinstance(answer, Step):

@@ -172,7 +172,7 @@ class Error:
 
 @dataclass(frozen=True, eq=False)
 class Bye:
-    """Either: I close the connection, all is well."""
+    """Device: I close the connection, all is well."""
 
 
 Message = Hello | Welcome | Prefill | Resume | Taps | SideState | Step | Token | Error | Bye
@@ -181,7 +181,7 @@ M = TypeVar("M", bound=Message)
 MESSAGES: tuple[type[Message], ...] = (Hello, Welcome, Prefill, Resume, Taps, SideState, Step, Token, Error, Bye)
 """A message's place is its type on the wire."""
 FROM_DEVICE: tuple[type[Message], ...] = (Hello, Prefill, Resume, SideState, Step, Error, Bye)
-FROM_CLOUD: tuple[type[Message], ...] = (Welcome, Taps, Token, Error, Bye)
+FROM_CLOUD: tuple[type[Message], ...] = (Welcome, Taps, Token, Error)
 _KINDS: dict[type, list[tuple[str, Any]]] = {
     cls: [(part, hint.__metadata__[0]) for part, hint in get_type_hints(cls, include_extras=True).items()]
     for cls in MESSAGES

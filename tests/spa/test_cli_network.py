@@ -6,16 +6,24 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 
 from mlfs_jax.errors import ConfigError
 from mlfs_jax.hf.load import from_pretrained
+from spa_jax import cli_device
 from spa_jax.cli import main
+from spa_jax.device import Device
+from spa_jax.errors import PluginError
+from spa_jax.network import Link, Shape, methods, predict
 from spa_jax.options import budget_ms, numbers, read_token
 from spa_jax.plugin import Plugin, base_fingerprint, load_plugin, save_plugin, tokenizer_fingerprint
 from spa_jax.seam import Setting
 from tests.spa.conftest import save_tokenizer
+from tests.spa.fake_models import FakeDevice
 from tests.spa.tiny_side import LADDER, tiny_side
 
 CURVE = [{"usage": u / 10, "threshold": 1 - u / 10, "loss": 1.0, "oracle": 1.0} for u in range(11)]
@@ -41,7 +49,7 @@ def server(tiny_lm, base, tmp_path_factory):
     token, public = folder / "token", folder / "down.safetensors"
     token.write_text("0123456789abcdef0123\n")
     save_plugin(folder / "run", Plugin(tiny_side(base, LADDER), Setting.SPA, "", ""))
-    assert main(["publish", str(folder / "run"), "--out", str(public)]) == 0
+    assert main(["publish", str(folder / "run"), "--out", str(public), "--gate"]) == 0
     flags = f"serve --model {tiny_lm} --port 0 --token-file {token} --public {public} --slots 2 --context 48"
     process = subprocess.Popen(
         [sys.executable, "-c", "import sys; from spa_jax.cli import main; sys.exit(main())", *flags.split()],
@@ -66,14 +74,15 @@ def test_generate_and_chat(server, plugin, tiny_lm, capsys, monkeypatch):
     url, token, _ = server
     common = ["--server", url, "--token-file", token, "--plugin", str(plugin), "--tokenizer", str(tiny_lm)]
     texts = {}
-    for placement in ("", "--head device", "--project cloud", "--coding int8", "--int8"):
+    as_one = ("", "--head device", "--project cloud", "--project cloud --public-gate")
+    for placement in (*as_one, "--coding int8", "--int8"):
         flags = [*placement.split(), "--prompt", "w5 w9 w11", "--max-new-tokens", "12", "--json"]
         assert main(["generate", *common, *flags]) == 0
         found = json.loads(capsys.readouterr().out)
         assert found["round_trips"] == round(found["usage"] * 12) and found["end"] in ("limit", "stop")
         assert found["bytes_up"] > 0 and found["ms_device"] < found["ms_total"] and found["note"] == ""
         texts[placement] = found["text"]
-    assert len({texts[p] for p in ("", "--head device", "--project cloud")}) == 1 and texts[""].startswith(" w")
+    assert len({texts[p] for p in as_one}) == 1 and texts[""].startswith(" w")
     assert main(["generate", *common, "--prompt", "w5", "--usage", "0", "--stats", "--max-new-tokens", "3"]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"round_trips +0\b", printed) and "device_memory_mb" in printed
@@ -85,6 +94,38 @@ def test_generate_and_chat(server, plugin, tiny_lm, capsys, monkeypatch):
     assert printed.count("tokens_per_second") == 2 and re.findall(r"connections +(\d)", printed) == ["1", "0"]
 
 
+def test_ctrl_c_ends_a_chat_that_waits_for_a_line(monkeypatch):
+    """At once, not at the next Enter."""
+    waiting, enter = threading.Event(), threading.Event()
+
+    def ask(prompt):
+        waiting.set()
+        enter.wait(5)
+        raise EOFError
+
+    def press():
+        waiting.wait(5)
+        time.sleep(0.2)  # until the loop sleeps, as it does when a person presses a key
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    kit = SimpleNamespace(device=lambda: Device("ws://127.0.0.1:9", FakeDevice()))
+    monkeypatch.setattr(cli_device, "Kit", lambda options: kit)
+    monkeypatch.setattr("builtins.input", ask)
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    threading.Thread(target=press).start()
+    begin = time.monotonic()
+    assert main(["chat", "--server", "x", "--plugin", "x"]) == 130
+    assert time.monotonic() - begin < 4
+    enter.set()
+
+
+def test_a_fallback_reads_the_plugins_tokens_and_writes_what_fits(tiny_lm, tmp_path):
+    own = cli_device._fallback(str(tiny_lm), tokenizer_fingerprint(tiny_lm))
+    assert len(own([5] * 60, 10, [])) == 4 and list(own([5] * 64, 10, [])) == [], "its context is 64"
+    with pytest.raises(PluginError, match=r"fallback = '.*' reads other token ids than this plugin's base"):
+        cli_device._fallback(str(tiny_lm), tokenizer_fingerprint(save_tokenizer(tmp_path / "other", words=30)))
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -93,6 +134,8 @@ def test_generate_and_chat(server, plugin, tiny_lm, capsys, monkeypatch):
         (["--server", "ws://127.0.0.1:9"], "no connection to ws://127.0.0.1:9"),
         (["--server", "127.0.0.1:9"], "expected ws://host:port"),
         (["--budget", "fast"], "budget = 'fast': expected ms per token, like \"40 ms/token\""),
+        (["--server", "ws://localhost:99999"], "expected ws://host:port or wss://host:port; Port out of range"),
+        (["--public-gate"], "public-gate: the cloud finds a gate by the Down beside it; give --project cloud"),
         (["--usage", "2"], "usage = 2.0: expected a share"),
         (["--tokenizer", "OTHER"], "this plugin was made with another tokenizer than the one in"),
     ],
@@ -103,8 +146,9 @@ def test_mistakes_are_one_line(server, plugin, tiny_lm, tmp_path, capsys, change
     save_tokenizer(tmp_path / "OTHER", words=30)
     changes = [str(tmp_path / part) if part in ("WRONG", "OTHER") else part for part in changes]
     flags = {"--server": url, "--token-file": token, "--plugin": str(plugin), "--tokenizer": str(tiny_lm)}
-    flags |= dict([changes])
-    assert main(["generate", *(x for pair in flags.items() for x in pair), "--prompt", "w5"]) == 2
+    flags |= dict([changes]) if len(changes) == 2 else {}
+    given = [x for pair in flags.items() for x in pair] + (changes if len(changes) == 1 else [])
+    assert main(["generate", *given, "--prompt", "w5"]) == 2
     error = capsys.readouterr().err
     assert expected in error and error.count("\n") == 1
 
@@ -114,6 +158,9 @@ def test_serve_refuses(tiny_lm, tmp_path, capsys):
     assert "give a token that devices have to know" in capsys.readouterr().err
     assert main(f"serve --model {tiny_lm} --public {tmp_path / 'no'} --slots 1".split()) == 2
     assert "holds no public Down" in capsys.readouterr().err
+    for flags, expected in (("--frame-mb nan", "frame-mb = nan"), ("--port 99999", "port = 99999")):
+        assert main(f"serve --model {tiny_lm} {flags}".split()) == 2
+        assert f"{expected}: expected" in capsys.readouterr().err
 
 
 def test_calibrate_writes_the_plugin(plugin, capsys):
@@ -131,6 +178,51 @@ def test_calibrate_writes_the_plugin(plugin, capsys):
     save_plugin(plugin, load_plugin(plugin).replace(setting=Setting.S1))
     assert main(["calibrate", str(plugin), "--budget", "10", *times]) == 2
     assert "it has no gate to calibrate" in capsys.readouterr().err
+
+
+def test_calibrate_counts_what_lazy_memory_sends_of_every_token(plugin, capsys):
+    """On a slow line; what the latency model says of the usage that it found is the budget."""
+    side, times = load_plugin(plugin).side, ["--cloud-ms", "20", "--device-ms", "5", "--rtt", "15"]
+    assert side.config.memory == "lazy"
+    assert main(["calibrate", str(plugin), "--budget", "40", "--bandwidth", "0.02", *times, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    shape = Shape(side.backbone.embed, side.backbone.layers, len(side.tapped) + 1, side.config.width, 1)
+    spa = methods(shape, coding="int8", projected=False, usage=found["usage"], memory="lazy")[0]
+    expected = predict(spa, Link(15, 0.02), cloud_ms=20, device_ms=5).total
+    assert 0.1 < found["usage"] < 0.9 and found["ms_per_token"] == 40 == pytest.approx(expected, abs=1)
+
+
+def test_latency_models_a_plugin_as_it_runs(plugin, base, monkeypatch, capsys):
+    """With its memory, and its activations projected where the running rows have them; 0 ms is a time like others."""
+    from spa_jax import latency, train
+
+    given = []
+    fitted = SimpleNamespace(model=SimpleNamespace(decoder=base.config), plugin=load_plugin(plugin))
+    monkeypatch.setattr(train, "load_run", lambda folder: fitted)
+    monkeypatch.setattr(latency, "compare", lambda ways, links, **times: given.append((ways[0], times)) or [])
+    monkeypatch.setattr(latency, "running", lambda *_, **__: [])
+    flags = ["--plugin", str(plugin), "--usage", "0.5", "--cloud-ms", "0", "--device-ms", "0", "--json"]
+    assert main(["latency", *flags]) == 0
+    (spa, times), side = given[0], fitted.plugin.side
+    shape = Shape(side.backbone.embed, side.backbone.layers, len(side.tapped) + 1, side.config.width, 1)
+    assert spa == methods(shape, projected=False, usage=0.5, memory="lazy")[0]
+    assert (times["cloud_ms"], times["device_ms"]) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--tokens 0", "tokens = 0: expected at least 1"),
+        ("--tokens 1 --plugin x", "tokens = 1: expected at least 2"),
+        ("--tokens=-3", "tokens = -3"),
+        ("--usage 1.5", "usage = 1.5: expected a share"),
+        ("--device-ms=-5", "device-ms = -5.0: expected ms, at least 0"),
+    ],
+)
+def test_latency_refuses(flags, expected, capsys):
+    assert main(["latency", *flags.split()]) == 2
+    error = capsys.readouterr().err
+    assert expected in error and error.count("\n") == 1
 
 
 def test_latency(tmp_path, capsys):

@@ -6,11 +6,13 @@ import time
 import pytest
 
 from spa_jax.channel import DeviceConfig
+from spa_jax.cloud import Cloud, CloudConfig, Slots
 from spa_jax.errors import NetworkError
 from spa_jax.network import Proxy
+from spa_jax.session import Refused
 from spa_jax.wire import Taps
 from tests.spa.fake_models import FakeCloud, FakeDevice, solo
-from tests.spa.runtime import PROMPT, Liar, device, released, run, serving, write
+from tests.spa.runtime import PROMPT, TOKEN, Liar, device, released, run, serving, write
 
 PLACEMENTS = {
     "default": {},
@@ -119,6 +121,38 @@ def test_idle_sessions_lose_their_slot_and_resume():
     assert connections == [1, 1, 0, 0, 0] and evictions >= 4
 
 
+def test_who_waits_gets_the_slot_of_a_text_that_ends():
+    """Not only that of a session that was idle already."""
+
+    async def body():
+        async with serving(FakeCloud(slots=1, seconds=0.01)) as cloud, device(cloud) as one, device(cloud) as two:
+            begun = asyncio.Event()
+            first = asyncio.create_task(one.generate(PROMPT, 20, on_token=lambda *_: begun.set()))
+            await begun.wait()
+            second = await two.generate(PROMPT, 5)
+            assert second.stats.connections == 1 and second.tokens == (await first).tokens[:5]
+            return cloud.metrics.get("errors_total", code="busy"), cloud.metrics.get("evictions_total")
+
+    assert run(body) == (0, 1)
+
+
+def test_no_slot_is_lost_when_it_comes_as_the_time_is_up():
+    async def body():
+        slots = Slots(1)
+        slot = await slots.acquire(1)
+        waiter = asyncio.create_task(slots.acquire(0.05))
+        await asyncio.sleep(0)
+        asyncio.get_running_loop().call_later(0.049, slots.release, slot)
+        time.sleep(0.06)  # both are due in one turn of the loop
+        try:
+            slots.release(await waiter)
+        except Refused as error:
+            assert error.code == "busy"
+        assert slots.free == [0] and not slots.wanted
+
+    run(body)
+
+
 def test_a_full_server_says_so():
     async def body():
         async with serving(FakeCloud(slots=1), queue_s=0.1, reply_s=3) as cloud, Liar(cloud, threshold=0.0) as liar:
@@ -133,6 +167,7 @@ def test_a_full_server_says_so():
         return error.value.code
 
     assert run(body) == "busy"
+    assert CloudConfig().queue_s < DeviceConfig().reply_s, "else the device calls a full server silent"
 
 
 def test_a_slow_server_and_a_stalled_link_end_with_what_there_is():
@@ -151,6 +186,36 @@ def test_a_slow_server_and_a_stalled_link_end_with_what_there_is():
         assert answer.end == "timeout" and 0 < len(answer.tokens) < 60 and answer.note
         assert answer.tokens == whole[: len(answer.tokens)]
     assert seconds < 20
+
+
+class SlowReader(FakeCloud):
+    """One whose prompts take their time."""
+
+    reads = 0
+
+    def extend(self, slot, tokens):
+        self.reads += 1
+        time.sleep(0.15)
+        return super().extend(slot, tokens)
+
+
+def test_a_long_prompt_is_read_however_long_it_takes():
+    """The device's patience for the next frame begins with the first; a prompt that nobody waits for is not read on."""
+    prompt, hasty = list(range(18)), DeviceConfig(reply_s=0.6, backoff_s=0.01)
+
+    async def body():
+        patient, abandoned = SlowReader(), SlowReader()
+        async with serving(patient) as cloud, device(cloud, config=hasty) as one:
+            answer = await one.generate(prompt, 5)
+        async with serving(abandoned) as cloud:
+            async with device(cloud, config=DeviceConfig(answer_s=0.25)) as one:
+                left = await one.generate(prompt, 5)
+            await released(cloud)
+        return answer, patient.reads, left, abandoned.reads
+
+    answer, whole, left, some = run(body)
+    assert (answer.tokens, answer.stats.connections, whole) == (solo(prompt, 5)[0], 1, 6)
+    assert left.end == "timeout" and not left.tokens and some < 6
 
 
 def test_without_a_server():
@@ -198,6 +263,20 @@ def test_server_gone_in_the_middle_goes_on_locally():
     assert again.tokens == solo([*history, 8], 6)[0] and again.local == 0
 
 
+def test_a_failing_fallback_loses_no_text():
+    def fallback(history, limit, stop):
+        yield 50
+        raise ValueError("too long for it")
+
+    async def body():
+        async with serving() as cloud, Proxy(cloud.url, cut=range(8, 1000)) as proxy:
+            return await write(proxy.url, config=DeviceConfig(retries=0), fallback=fallback)
+
+    answer = run(body)
+    assert answer.tokens == [*solo(PROMPT, 30)[0][: len(answer.tokens) - 1], 50] and answer.local == 1
+    assert answer.end == "lost" and answer.note.endswith("own model failed: ValueError: too long for it")
+
+
 def test_a_failing_model_ends_its_sessions_not_the_server():
     model = FakeCloud()
 
@@ -210,3 +289,46 @@ def test_a_failing_model_ends_its_sessions_not_the_server():
             return (await write(cloud.url)).tokens, cloud.metrics.get("errors_total", code="internal")
 
     assert run(body) == (solo(PROMPT, 30)[0], 2)
+
+
+def serve_until(body, model):
+    """As `spa serve` does it: ``body(cloud, serving)`` runs beside a server with a text of 60 tokens in the making."""
+
+    async def main():
+        cloud, up = Cloud(model, CloudConfig(port=0), token=TOKEN), asyncio.Event()
+
+        async def serve():
+            async with cloud:
+                up.set()
+                await cloud.serve_forever()
+
+        task = asyncio.create_task(serve())
+        await up.wait()
+        async with device(cloud, config=DeviceConfig(retries=0)) as one:
+            begun = asyncio.Event()
+            text = asyncio.create_task(one.generate(PROMPT, 60, on_token=lambda *_: begun.set()))
+            await begun.wait()
+            body(cloud, task)
+            await asyncio.wait([task, text], timeout=5)
+            assert task.done() and text.done(), "it hangs"
+            return task, text.result()
+
+    return run(main)
+
+
+def test_a_server_ends_at_once_while_it_writes():
+    """Ctrl-C cancels the main task; the engine lives until the sessions have ended."""
+    task, answer = serve_until(lambda cloud, task: task.cancel(), FakeCloud(seconds=0.02))
+    assert task.cancelled() and answer.end == "lost" and 0 < len(answer.tokens) < 60
+    assert "(closing): the server is shutting down" in answer.note
+
+
+def test_a_dead_engine_tells_its_sessions_and_ends_the_server():
+    async def die():
+        raise RuntimeError("no more")
+
+    def kill(cloud, task):
+        cloud.engine._round = die
+
+    task, answer = serve_until(kill, FakeCloud(seconds=0.02))
+    assert str(task.exception()) == "no more" and answer.end == "lost" and "(closing)" in answer.note

@@ -41,6 +41,11 @@ def test_who_needs_a_token():
         Device("ws://example.org:8765", FakeDevice(), token=TOKEN)
     with pytest.raises(ConfigError, match="expected ws://host:port or wss://host:port"):
         Device("http://127.0.0.1", FakeDevice())
+    for url in ("localhost:abc", "localhost:99999", "[::1", "..:80", f"{70 * 'x'}:80", ":80", ""):
+        with pytest.raises(ConfigError, match="expected ws://host:port or wss://host:port"):
+            Device(f"ws://{url}", FakeDevice())
+    for url in ("ws://localhost:1", "ws://[::1]:1/", "wss://example.org"):
+        Device(url, FakeDevice(), token=TOKEN)
     assert CloudConfig().host == "127.0.0.1"
 
     async def body():
@@ -55,6 +60,9 @@ def test_who_needs_a_token():
     [
         ({"port": 0, "reply_s": 0}, "reply_s = 0: expected seconds"),
         ({"frame_bytes": 10}, "frame_bytes = 10"),
+        ({"frame_bytes": 2**31}, "frame_bytes = 2147483648: expected from 1024 to 2147483647"),
+        ({"port": -1}, "port = -1: expected a number from 0"),
+        ({"port": 99999}, "port = 99999"),
         ({"tls_cert": "cert.pem"}, "TLS needs a certificate and its key"),
         ({"tls_cert": "no.pem", "tls_key": "no.pem"}, r"the certificate no.pem or its key cannot be used"),
     ],
@@ -62,6 +70,19 @@ def test_who_needs_a_token():
 def test_servers_that_cannot_be(wrong, expected):
     with pytest.raises(ConfigError, match=expected):
         Cloud(FakeCloud(), CloudConfig(**wrong), token=TOKEN)
+
+
+def test_a_cloud_serves_once_and_leaves_nothing_behind_where_it_cannot():
+    async def body():
+        async with serving() as cloud:
+            other, before = Cloud(FakeCloud(), CloudConfig(port=int(cloud.url.rsplit(":")[-1]))), asyncio.all_tasks()
+            with pytest.raises(OSError):
+                await other.__aenter__()
+            assert asyncio.all_tasks() == before
+        with pytest.raises(ConfigError, match="this Cloud has served before: make a new one"):
+            await cloud.__aenter__()
+
+    run(body)
 
 
 @pytest.mark.parametrize(
@@ -196,6 +217,7 @@ def test_lies_of_the_server_end_the_text():
     taps = np.ones((4, 1, D), np.float32)
     lies = {
         "token.token is not in the vocabulary": Token(101, "more"),
+        "token.end is 'full' where limit, stop and context make it 'more'": Token(100, "full"),
         "taps.positions are not next": Taps(np.array([7]), True, taps, None),
         "taps.taps is not of the layers": Taps(np.array([3]), True, taps[:2], None),
         "taps.hidden is not what hello asked for": Taps(np.array([3]), True, taps, taps[0, 0]),
@@ -222,5 +244,59 @@ def test_lies_of_the_server_end_the_text():
                 await asyncio.sleep(0.01)
                 assert heard[-1].code == error.value.code and expected in heard[-1].message
             assert len(heard) == len(lies)
+
+    run(body)
+
+
+def test_a_server_that_does_not_end_a_text_is_stopped():
+    """The device counts for itself: no more tokens than it asked for, and none behind a stop token."""
+
+    async def lie(connection):
+        await connection.recv()
+        await connection.send(encode(Welcome("s", "base-1", 101, D, 64, 4096, 1.0)))
+        await connection.recv()
+        for _ in range(10):
+            await connection.send(encode(Token(3, "more")))
+        await connection.wait_closed()
+
+    async def body():
+        async with serve(lie, "127.0.0.1", 0) as server:
+            url, heard = f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}", []
+            for stop, count, end in (((), 4, "limit"), ((3,), 0, "stop")):
+                heard.clear()
+                with pytest.raises(NetworkError, match=f"'more' where limit, stop and context make it '{end}'"):
+                    async with device(url, token=None) as one:
+                        await one.generate(PROMPT, 5, stop, lambda *new: heard.append(new))
+                assert len(heard) == count
+
+    run(body)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (([], 5), "tokens is empty: expected at least one"),
+        (([-1], 5), "prefill.tokens: expected numbers from 0"),
+        (([5], 0), "prefill.limit: expected a whole number from 1"),
+        (([5], 5, [-1]), "prefill.stop: expected numbers from 0"),
+    ],
+)
+def test_texts_that_cannot_be_asked_for(text, expected):
+    """They are refused before a connection is made; nothing was said."""
+    one = Device("ws://127.0.0.1:9", FakeDevice())
+    with pytest.raises(ConfigError, match=expected):
+        run(lambda: one.generate(*text))
+    assert one.history == []
+
+
+def test_one_text_at_a_time():
+    async def body():
+        async with serving(FakeCloud(seconds=0.01)) as cloud, device(cloud) as one:
+            first = asyncio.create_task(one.generate(PROMPT, 5))
+            await asyncio.sleep(0)
+            with pytest.raises(ConfigError, match="this device is writing a text: wait for its end"):
+                await one.generate(PROMPT, 5)
+            assert (await first).tokens == solo(PROMPT, 5)[0]
+            await one.generate(PROMPT, 5)
 
     run(body)

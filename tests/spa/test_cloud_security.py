@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import subprocess
+import time
 import urllib.request
 from pathlib import Path
 
@@ -13,7 +14,6 @@ import pytest
 from spa_jax.budget import Pace
 from spa_jax.channel import DeviceConfig
 from spa_jax.errors import NetworkError
-from spa_jax.metrics import Metrics
 from spa_jax.network import Link, Proxy
 from spa_jax.wire import FROM_DEVICE, Bye, Hello, Prefill, Resume, SideState, Step, decode
 from tests.spa.fake_models import GATE, FakeCloud, FakeDevice, solo
@@ -118,6 +118,22 @@ def test_logs_hold_no_text(caplog):
     assert str(tokens)[1:9] not in caplog.text and TOKEN not in caplog.text and "secret-name" not in caplog.text
 
 
+def test_the_log_says_where_the_server_failed(caplog):
+    """Files and lines, innermost last; no words of the exception, which may hold what was written."""
+
+    async def body():
+        async with serving(FakeCloud(fails=True)) as cloud:
+            with pytest.raises(NetworkError, match="its log says where"):
+                await write(cloud.url, config=DeviceConfig(retries=0))
+
+    with caplog.at_level(logging.INFO, "spa_jax.cloud"):
+        run(body)
+    events = [json.loads(record.message) for record in caplog.records if record.name == "spa_jax.cloud"]
+    (failed,) = [event for event in events if event["event"] == "failed"]
+    assert failed["error"] == "RuntimeError" and failed["at"][-1].startswith("fake_models.py:")
+    assert len(failed["at"]) == 4 and "out of memory" not in caplog.text
+
+
 def test_metrics():
     def get(cloud, path, token=TOKEN):
         url = cloud.url.replace("ws://", "http://") + path
@@ -143,14 +159,6 @@ def test_metrics():
     assert 'spa_token_seconds_bucket{le="+Inf"} 11' in lines and "# TYPE spa_step_seconds histogram" in lines
     for metric in ("steps_total", "batch_fill_total", "bytes_total", "errors_total", "evictions_total"):
         assert f"# HELP spa_{metric}" in found[1]
-
-
-def test_quantiles_of_a_histogram():
-    metrics = Metrics()
-    metrics.describe("wait", "histogram", "")
-    for seconds in (0.0005, 0.003, 0.003, 9.0):
-        metrics.observe("wait", seconds)
-    assert [metrics.quantile("wait", q) for q in (0.25, 0.5, 0.75, 1.0)] == [0.001, 0.005, 0.005, float("inf")]
 
 
 def test_a_budget_is_kept_by_asking_for_what_matters_most():
@@ -179,6 +187,34 @@ def test_a_budget_that_pays_for_nothing_still_looks_whether_the_link_is_better()
         if asked[-1]:
             pace.exchanged(50.0)
     assert 3 <= sum(asked) <= 6
+
+
+def test_what_happens_once_does_not_ruin_a_budget():
+    """A token or a round trip that takes seconds, be it another's prompt or a compile, is forgotten soon."""
+    for cloud_ms, exchange_ms in ((3000.0, 20.0), (10.0, 3000.0)):
+        pace, asked = Pace(40.0), 0
+        for i in range(60):
+            if pace.allows(0.9, 0.5, cloud_ms if i == 10 else 10.0):
+                pace.exchanged(exchange_ms if i == 10 else 20.0)
+                asked += i > 10
+        assert asked > 30
+
+
+def test_a_long_prompt_and_a_replay_are_no_part_of_a_budget():
+    """As many tokens use the side network as after a prompt that is read at once."""
+    model = FakeDevice(wants={"threshold": 0.0, "budget": 100.0})
+
+    class Slow(FakeCloud):
+        def extend(self, slot, tokens):
+            time.sleep(0.3)
+            return super().extend(slot, tokens)
+
+    async def body():
+        async with serving(Slow(chunk=8)) as cloud, Proxy(cloud.url, cut={40}) as proxy:
+            return await write(proxy.url, model, 30)
+
+    answer = run(body)
+    assert answer.stats.connections == 2 and all(answer.used)
 
 
 def test_a_session_with_a_budget():

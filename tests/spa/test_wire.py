@@ -177,7 +177,7 @@ def test_what_is_no_frame_is_refused_with_what_was_expected(case):
 
 
 def test_each_side_hears_only_what_the_other_may_say():
-    with pytest.raises(WireError, match="expected a frame of welcome, taps, token, error, bye, got step"):
+    with pytest.raises(WireError, match="expected a frame of welcome, taps, token, error, got step"):
         decode(encode(Step(5, 17)), FROM_CLOUD)
     with pytest.raises(WireError, match=r"expected a frame of hello, .* got token"):
         decode(encode(Token(5, "more")), FROM_DEVICE)
