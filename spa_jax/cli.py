@@ -140,9 +140,10 @@ def evaluate(
     from rich.table import Table
 
     from spa_jax.evaluate import evaluate_run
+    from spa_jax.gate import check_usage
 
-    if usage is not None and not 0 <= usage <= 1:
-        raise ConfigError(f"usage = {usage}: expected a share of the tokens, between 0 and 1.")
+    if usage is not None:
+        check_usage(usage)
     if curve is not None:
         return _draw_curve(run, curve, split, beams, limit, batch_size, json)
     users = sorted(folder for folder in run.glob("*/") if (folder / "plugin.json").exists())
