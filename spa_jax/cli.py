@@ -13,7 +13,6 @@ from typing import Annotated, Any
 
 import tyro
 
-from mlfs_jax.errors import ConfigError
 from mlfs_jax.terminal import log_to_stderr, print_json, print_table, run_command, set_up_jax, spinner
 from spa_jax import cli_network
 from spa_jax.options import Flag, RunFolder
