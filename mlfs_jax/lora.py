@@ -134,13 +134,14 @@ def _update(base: nnx.State, lora: Mapping, sign: int) -> nnx.State:
             stacked = leaf.axes[0] == STACKED
             product = lambda a, b: jnp.tensordot(a, b, axes=1)  # noqa: E731
             value = value + sign * (jax.vmap(product) if stacked else product)(entry["a"], entry["b"])
-        return value + sign * entry[kind] if kind in entry else value
+        value = value + sign * entry[kind] if kind in entry else value
+        return value.astype(leaf[...].dtype)  # rounded once: a float32 adapter on a bfloat16 base
 
     return map_named(merged, base)
 
 
 def merge_lora(base: nnx.State, lora: Mapping) -> nnx.State:
-    """W0 + A B for every site, as a base of the same structure."""
+    """W0 + A B for every site, as a base of the same structure and type."""
     return _update(base, lora, +1)
 
 
