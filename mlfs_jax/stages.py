@@ -56,7 +56,7 @@ class Stage:
             return ()
         full = space.at_full_depth()
         space = full if self.sample == "width" else space
-        chosen = [space.minnet]
+        chosen = [] if space.minnet == space.maxnet else [space.minnet]  # only depths: stage 1 has the maxnet alone
         if full.minnet not in (space.minnet, space.maxnet):
             chosen.append(full.minnet)
         wanted = len(chosen) + self.random_subnets

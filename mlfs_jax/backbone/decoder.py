@@ -49,7 +49,9 @@ class Context:
 
     def rope(self, window: Int[Array, ""] | None) -> Float[Array, "2 B T half"]:
         """The rotation of a layer; layers with a window may have their own."""
-        return self.ropes[0] if len(self.ropes) == 1 else jnp.where(window > 0, self.ropes[1], self.ropes[0])
+        if window is None or len(self.ropes) == 1:  # None: no layer has one
+            return self.ropes[0]
+        return jnp.where(window > 0, self.ropes[1], self.ropes[0])
 
 
 class Attention(nnx.Module):

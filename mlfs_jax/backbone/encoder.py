@@ -161,7 +161,7 @@ class Encoder(nnx.Module):
         tokens = batch["input_ids"]
         keep = None if mask is None else mask.embed
         attend = batch["attention_mask"].astype(bool)[:, None, None, :]
-        x = place_rows(self.embed(tokens, batch.get("token_type_ids"), under(lora, "embed"), keep), rows)
+        x = embedded = place_rows(self.embed(tokens, batch.get("token_type_ids"), under(lora, "embed"), keep), rows)
 
         block_def, stacked = nnx.split(self.layers)
 
@@ -185,4 +185,4 @@ class Encoder(nnx.Module):
         )
         top, name = (self.head, "head") if self.head is not None else (self.pooler, "pooler")
         found = top(x, under(lora, name), keep, self.embed.tokens) if logits and top is not None else None
-        return Output(logits=found, hidden=x, taps=tapped)
+        return Output(logits=found, hidden=x, taps=tapped, embedded=embedded if taps else None)

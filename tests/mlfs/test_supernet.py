@@ -100,6 +100,7 @@ def test_sandwich_rule():
             assert all(choices.check(subnet) == subnet for subnet in others)
     few = mlfs.SubnetSpace(tiny_config(), depth=(3, 2))
     assert depths.subnets(few, jax.random.key(0)) == (few.minnet,)
+    assert widths.subnets(few, jax.random.key(0)) == ()  # at full depth there is the maxnet alone
 
 
 def test_settings_of_all_stages_or_of_each():
