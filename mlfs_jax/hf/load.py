@@ -190,11 +190,12 @@ def load_checkpoint(
     return build(config, weights, name=directory.name, source=directory), report
 
 
-def read_config(directory: Path) -> dict:
-    """config.json of a checkpoint, as a dict."""
-    path = directory / "config.json"
+def read_config(path: Path) -> dict:
+    """config.json of a checkpoint's folder, or a file of another name that holds one, as a dict."""
     if not path.is_file():
-        raise CheckpointError(f"{directory} has no config.json: expected a Hugging Face model directory.")
+        folder, path = path, path / "config.json"
+        if not path.is_file():
+            raise CheckpointError(f"{folder} has no config.json: expected a Hugging Face model directory.")
     try:
         hf = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
