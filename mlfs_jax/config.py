@@ -66,6 +66,11 @@ class EncoderConfig:
             raise ConfigError(f"pooler = True with head {self.head!r}: only head 'none' has a separate pooler.")
 
     @property
+    def context(self) -> int:
+        """Tokens of the longest text that the model reads."""
+        return self.max_positions - self.position_offset
+
+    @property
     def table_dims(self) -> dict[str, int]:
         """Axis of the embedding tables: the residual stream's own, or ELECTRA's narrower one."""
         if self.embedding_size is None:
@@ -266,6 +271,11 @@ class DecoderConfig:
             raise ConfigError(f"parallel blocks with norm_at = {self.norm_at!r}: only 'pre' is built.")
         if self.latent is not None and self.head_dim != self.latent.nope + self.latent.rope:
             raise ConfigError(f"head_dim = {self.head_dim}: expected nope + rope of latent attention, {self.latent}.")
+
+    @property
+    def context(self) -> int:
+        """Tokens of the longest text that the model reads."""
+        return self.max_positions
 
     @property
     def kv_group(self) -> int:

@@ -245,10 +245,13 @@ def measure(
 
     Raises:
         UnknownNameError: no such split or subnet. SubnetError: a subnet that the space does not contain.
-        ConfigError: no batch size, or one below 1.
+        ConfigError: no batch size, or one below 1; a length that the model cannot read.
     """
     if not batch_sizes or min(batch_sizes) < 1:
         raise ConfigError(f"batch_sizes = {tuple(batch_sizes)}: expected at least one, each of at least 1.")
+    context = fitted.model.config.context
+    if length is not None and not 2 <= length <= context:
+        raise ConfigError(f"length = {length}: expected 2 to {context}, which the model can read.")
     space = fitted.space
     if subnets is None:
         subnets = space.names()
@@ -262,7 +265,7 @@ def measure(
     if split not in data:
         raise unknown("split", split, data)
     examples, metric = data[split], fitted.task.metric
-    length = length or examples.max_length
+    length = examples.max_length if length is None else length
 
     merged = fitted.merged
     models = {name: slice_subnet(merged, subnet) for name, subnet in chosen.items()}

@@ -24,7 +24,7 @@ from mlfs_jax.hf.configs import family_of, from_hf, own_labels
 from mlfs_jax.hf.gguf import gguf_in, prepare_folder, read_gguf
 from mlfs_jax.hf.gguf_file import open_gguf
 from mlfs_jax.hf.table import LEAVES, Family
-from mlfs_jax.model import Model, abstract, build, init_weights
+from mlfs_jax.model import Model, abstract, as_key, build, init_weights
 from mlfs_jax.registry import resolve_model
 
 log = logging.getLogger("mlfs_jax")
@@ -182,8 +182,7 @@ def load_checkpoint(
         dropped = _account(tensors, used, family, weights, config.head, directory)
 
     if initialised:
-        root = jax.random.key(key) if isinstance(key, int) else key
-        new = init_weights(config, root, tuple(initialised))
+        new = init_weights(config, as_key(key), tuple(initialised))
         for name, fresh_one in new.items():
             weights[name] = _place(np.asarray(fresh_one, dtype), specs[name].axes, sharding)
     report = LoadReport(directory, tuple(files), tuple(initialised), tuple(dropped))

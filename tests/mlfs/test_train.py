@@ -167,6 +167,8 @@ def test_mistakes_are_named_before_anything_is_written(config, tmp_path):
         fit(save_every=0)
     with pytest.raises(ConfigError, match="execution = 'quick'"):
         fit(execution="quick")
+    with pytest.raises(ConfigError, match="max_length is 0; expected 4 to"):
+        fit(max_length=0)
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
     with pytest.raises(DataError, match="empty"):
