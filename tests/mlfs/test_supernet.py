@@ -165,3 +165,6 @@ def test_regression_step():
 def test_mistakes_are_named():
     with pytest.raises(ConfigError, match="'mlm' head"):
         Supernet(tiny_config(head="mlm"), DISTILL, optax.sgd(1.0))
+    for rate in (float("nan"), float("inf"), 0.0):
+        with pytest.raises(ConfigError, match="positive, finite learning_rate"):
+            mlfs.paper_stages((1,), rate)
