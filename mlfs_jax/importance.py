@@ -62,6 +62,7 @@ class Order:
 
     @classmethod
     def from_json(cls, saved: Mapping[str, list]) -> Order:
+        """What :meth:`to_json` gave; raises KeyError, TypeError or ValueError for something else."""
         return cls(*(np.asarray(saved[axis], np.int32) for axis in AXES))
 
 
