@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import mlfs_jax as mlfs
-from mlfs_jax.backbone.layers import gelu
+from mlfs_jax.backbone.layers import ACTIVATIONS, gelu
 from mlfs_jax.backbone.tree import flatten
+from mlfs_jax.config import ACTIVATIONS as NAMES
 from mlfs_jax.errors import CheckpointError, ConfigError
 from mlfs_jax.model import abstract, build, forward, init_weights
 from tests.mlfs.tiny import FAMILIES, tiny_batch, tiny_config, tiny_decoder, tiny_lora, tiny_model
@@ -73,6 +74,10 @@ def test_a_text_beyond_the_table_of_positions_is_refused(make, kind, room):
                 forward(model.graphdef, model.base, batch)
 
 
+def test_every_activation_that_a_config_may_have_is_built():
+    assert set(ACTIVATIONS) == set(NAMES)
+
+
 def test_gelu_and_its_gradient_are_exact():
     x = jnp.linspace(-6, 6, 101)
     exact = lambda x: jax.nn.gelu(x, approximate=False)  # noqa: E731
@@ -117,6 +122,8 @@ def test_build_is_strict():
         ({"labels": 0}, "labels = 0"),
         ({"problem": "ranking"}, "problem = 'ranking'"),
         ({"pooler": True}, "only head 'none'"),
+        ({"activation": "nope"}, "activation = 'nope': expected one of gelu,"),
+        ({"head_activation": "nope"}, "head_activation = 'nope'"),
     ],
 )
 def test_configs_refuse_what_cannot_be_built(changes, message):
