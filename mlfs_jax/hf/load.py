@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from mlfs_jax.backbone.tree import flatten
 from mlfs_jax.config import Config
-from mlfs_jax.errors import CheckpointError, ConfigError
+from mlfs_jax.errors import CheckpointError, ConfigError, some
 from mlfs_jax.hf.configs import family_of, from_hf, own_labels
 from mlfs_jax.hf.gguf import gguf_in, prepare_folder, read_gguf
 from mlfs_jax.hf.gguf_file import open_gguf
@@ -177,7 +177,7 @@ def load_checkpoint(
                 weights[name] = _place(value, specs[name].axes, sharding)
         if missing:
             raise CheckpointError(
-                f"{directory} lacks {_some(missing)} ({len(missing)} in all); looked in {', '.join(files)}."
+                f"{directory} lacks {some(missing)} ({len(missing)} in all); looked in {', '.join(files)}."
             )
         dropped = _account(tensors, used, family, weights, config.head, directory)
 
@@ -289,7 +289,7 @@ def _account(tensors, used, family, weights, head, directory) -> list[str]:
             strange.append(f"{tensor.key} in {tensor.file}, shape {tensor.shape}")
     if strange:
         raise CheckpointError(
-            f"{directory} has {len(strange)} keys that no {family.name} of this config has: {_some(strange)}."
+            f"{directory} has {len(strange)} keys that no {family.name} of this config has: {some(strange)}."
         )
     return dropped
 
@@ -300,7 +300,3 @@ def _place(value: np.ndarray, axes: tuple[str, ...], sharding: Placement | None)
     if not isinstance(sharding, jax.sharding.Sharding):
         sharding = sharding(axes, value.shape)
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
-
-
-def _some(items: list[str]) -> str:
-    return ", ".join(items[:8]) + (", ..." if len(items) > 8 else "")

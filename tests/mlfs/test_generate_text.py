@@ -126,4 +126,4 @@ def test_the_command_says_what_is_wrong(folder, capsys, flags, says):
 
 def test_an_encoder_does_not_generate(tiny_hf, capsys):
     assert main(["generate", "--model", str(tiny_hf), "--prompt", "good"]) == 2
-    assert "only decoders generate" in capsys.readouterr().err
+    assert "a decoder is needed here" in capsys.readouterr().err
