@@ -20,7 +20,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from mlfs_jax.errors import CheckpointError
+from mlfs_jax.errors import CheckpointError, first_line, some
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -173,7 +173,7 @@ class Checkpoints:
         try:
             found = self._handler.restore(path, args=_Restore(targets)) if targets else {}
         except Exception as e:
-            raise CheckpointError(f"step {step} in {path} could not be read: {_first_line(e)}") from e
+            raise CheckpointError(f"step {step} in {path} could not be read: {first_line(e)}") from e
         leaves = [found[k] if _size(a) else _empty(a) for k, a in wanted.items()]
         return jax.tree.unflatten(jax.tree.structure(template), leaves), manifest["meta"]
 
@@ -225,7 +225,7 @@ class Checkpoints:
         what = f"checkpoint step {step} could not be written to {self.directory}; {kept}."
         if _disk_full(error):
             return CheckpointError(f"the disk is full: {what} Free some space and run the same command again.")
-        return CheckpointError(f"{what} {_first_line(error)}")
+        return CheckpointError(f"{what} {first_line(error)}")
 
     def _advice(self, step: int) -> str:
         earlier = [s for s in self.steps() if s < step]
@@ -319,7 +319,7 @@ def _read_manifest(path: Path, step: int, advice: str = "") -> dict:
             f"{path} has no {MANIFEST}: it is damaged, or another program wrote it. {advice}"
         ) from None
     except (ValueError, TypeError, KeyError, RecursionError, OSError) as e:
-        raise _damaged(path, step, f"{MANIFEST}: {_first_line(e)}", advice) from e
+        raise _damaged(path, step, f"{MANIFEST}: {first_line(e)}", advice) from e
     if isinstance(known, int) and known > FORMAT:
         raise CheckpointError(
             f"{path} has checkpoint format {known}, and this version of mlfs_jax reads up to {FORMAT}: "
@@ -348,8 +348,8 @@ def _check_fit(wanted: dict[str, Any], saved: dict[str, list], path: Path) -> No
     todo = "Use the configuration that the checkpoint was written with, or another output folder."
     missing, extra = [k for k in wanted if k not in saved], [k for k in saved if k not in wanted]
     if missing or extra:
-        lacks = [f"expected but not found: {_some(missing)}"] if missing else []
-        has = [f"found but not expected: {_some(extra)}"] if extra else []
+        lacks = [f"expected but not found: {some(map(repr, missing))}"] if missing else []
+        has = [f"found but not expected: {some(map(repr, extra))}"] if extra else []
         raise CheckpointError(f"the checkpoint {path} does not fit: {'; '.join(lacks + has)}. {todo}")
     for key, (dtype, shape) in _schema(wanted).items():
         if [dtype, shape] != saved[key]:
@@ -358,10 +358,6 @@ def _check_fit(wanted: dict[str, Any], saved: dict[str, list], path: Path) -> No
                 f"the checkpoint {path} does not fit at {key!r}: expected {dtype}{shape}, "
                 f"found {found_dtype}{found_shape}. {todo}"
             )
-
-
-def _some(keys: list[str]) -> str:
-    return ", ".join(map(repr, keys[:5])) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
 
 
 def _damaged(path: Path, step: int, what: str, advice: str) -> CheckpointError:
@@ -382,8 +378,3 @@ def _disk_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0][:300]}" if text else type(error).__name__

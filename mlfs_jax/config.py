@@ -9,6 +9,20 @@ from mlfs_jax.errors import ConfigError
 
 ENCODER_HEADS = ("none", "sequence", "token", "mlm")
 PROBLEMS = ("classification", "regression")
+ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish", "tanh")
+SIZES = ("vocab_size", "embed", "layers", "heads", "kv_heads", "head_dim", "mlp", "max_positions")
+"""Fields of a config that count something; ``kv_heads`` of decoders only."""
+
+
+def check_size(name: str, value: object) -> None:
+    """Raise ConfigError for what is no whole number of at least 1."""
+    if not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} = {value!r}: expected a whole number of at least 1.")
+
+
+def _check_choice(config: object, field: str, choices: tuple[str, ...]) -> None:
+    if (value := getattr(config, field)) not in choices:
+        raise ConfigError(f"{field} = {value!r}: expected one of {', '.join(choices)}.")
 
 
 @dataclass(frozen=True)
@@ -52,18 +66,22 @@ class EncoderConfig:
     head_activation: str = "tanh"
 
     def __post_init__(self):
-        for field in ("vocab_size", "embed", "layers", "heads", "head_dim", "mlp", "max_positions"):
-            value = getattr(self, field)
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{field} = {value!r}: expected a whole number of at least 1.")
-        if self.head not in ENCODER_HEADS:
-            raise ConfigError(f"head = {self.head!r}: expected one of {', '.join(ENCODER_HEADS)}.")
-        if self.problem not in PROBLEMS:
-            raise ConfigError(f"problem = {self.problem!r}: expected one of {', '.join(PROBLEMS)}.")
+        for field in SIZES:
+            if field != "kv_heads":
+                check_size(field, getattr(self, field))
+        _check_choice(self, "head", ENCODER_HEADS)
+        _check_choice(self, "problem", PROBLEMS)
+        _check_choice(self, "activation", ACTIVATIONS)
+        _check_choice(self, "head_activation", ACTIVATIONS)
         if self.head in ("sequence", "token") and self.labels < 1:
             raise ConfigError(f"labels = {self.labels}: a {self.head!r} head needs at least 1 output.")
         if self.pooler and self.head != "none":
             raise ConfigError(f"pooler = True with head {self.head!r}: only head 'none' has a separate pooler.")
+
+    @property
+    def context(self) -> int:
+        """Tokens of the longest text that the model reads."""
+        return self.max_positions - self.position_offset
 
     @property
     def table_dims(self) -> dict[str, int]:
@@ -233,19 +251,17 @@ class DecoderConfig:
     problem = "lm"  # what kind of loss the head has; as EncoderConfig.problem
 
     def __post_init__(self):
-        for field in ("vocab_size", "embed", "layers", "heads", "kv_heads", "head_dim", "mlp", "max_positions"):
-            value = getattr(self, field)
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{field} = {value!r}: expected a whole number of at least 1.")
+        for field in SIZES:
+            check_size(field, getattr(self, field))
         for field, choices in (
             ("positions", POSITIONS),
             ("norm", NORMS),
             ("norm_at", NORM_PLACES),
             ("qk_norm", QK_NORMS),
             ("head", ("lm", "none")),
+            ("activation", ACTIVATIONS),
         ):
-            if getattr(self, field) not in choices:
-                raise ConfigError(f"{field} = {getattr(self, field)!r}: expected one of {', '.join(choices)}.")
+            _check_choice(self, field, choices)
         if self.heads % self.kv_heads:
             raise ConfigError(
                 f"heads = {self.heads}, kv_heads = {self.kv_heads}: expected a whole number of query heads for each "
@@ -262,10 +278,28 @@ class DecoderConfig:
             raise ConfigError(
                 f"windows has {len(self.windows)} entries: expected one for each of the {self.layers} layers."
             )
+        if any(window < 0 for window in self.windows):
+            raise ConfigError(f"windows = {self.windows}: expected positions to see, or 0 for all.")
+        if self.shared_norm and not self.parallel:
+            raise ConfigError("shared_norm = True with parallel = False: only parallel blocks share a norm.")
         if self.parallel and self.norm_at != "pre":
             raise ConfigError(f"parallel blocks with norm_at = {self.norm_at!r}: only 'pre' is built.")
         if self.latent is not None and self.head_dim != self.latent.nope + self.latent.rope:
             raise ConfigError(f"head_dim = {self.head_dim}: expected nope + rope of latent attention, {self.latent}.")
+        if self.rope is None and (self.latent is not None or self.local_rope is not None):
+            raise ConfigError(f"rope = None with {self.latent or self.local_rope}: both need positions 'rope'.")
+        room = self.head_dim if self.latent is None else self.latent.rope
+        if self.rope is not None and self.rope.dim > room:
+            raise ConfigError(
+                f"rope dim = {self.rope.dim}: expected at most the {room} channels of a head that may turn."
+            )
+        if self.rope is not None and self.local_rope is not None and self.rope.dim != self.local_rope.dim:
+            raise ConfigError(f"rope dim = {self.rope.dim}, of local_rope {self.local_rope.dim}: expected the same.")
+
+    @property
+    def context(self) -> int:
+        """Tokens of the longest text that the model reads."""
+        return self.max_positions
 
     @property
     def kv_group(self) -> int:

@@ -93,7 +93,7 @@ def task_loss(logits: Float[Array, "B C"], labels: Array, problem: str) -> Float
 def logit_loss(teacher: Array, student: Array, config: DistillConfig, problem: str) -> Float[Array, ""]:
     """What the teacher's logits ask of the student's: a divergence, or the squared error for regression."""
     if problem == "regression":
-        return jnp.mean((teacher - student) ** 2)
+        return jnp.mean((teacher.astype(jnp.float32) - student.astype(jnp.float32)) ** 2)
     return jnp.mean(DIVERGENCES[config.divergence](teacher, student, config.tau))
 
 

@@ -51,3 +51,15 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
     near = [lower[k] for k in difflib.get_close_matches(name.lower(), list(lower), n=3, cutoff=0.5)]
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "there is nothing with a similar name."
     return UnknownNameError(f"unknown {kind} {name!r}: {hint} Known: {', '.join(known) or 'none'}.")
+
+
+def some(items: Iterable[str]) -> str:
+    """The first of many, for a message."""
+    items = list(items)
+    return ", ".join(items[:8]) + (f" and {len(items) - 8} more" if len(items) > 8 else "")
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error is, without its many lines."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0][:300]}" if text else type(error).__name__

@@ -19,11 +19,12 @@ from mlfs_jax.vocab import Hidden, lm_loss
 
 
 def predict(model: Model, encoded: Encoded, *, batch_size: int = 64) -> tuple[np.ndarray, np.ndarray]:
-    """Logits [examples, C] and labels [examples] of a model with a sequence head (in order of length)."""
+    """Logits [examples, C] in float32, labels [examples] of a model with a sequence head (in order of length)."""
     logits, labels = [], []
     for batch in eval_batches(encoded, batch_size):
         real = batch.pop("weight") > 0
-        logits.append(to_host(forward(model.graphdef, model.base, beside(model.base, batch)).logits)[real])
+        found = to_host(forward(model.graphdef, model.base, beside(model.base, batch)).logits)[real]
+        logits.append(found.astype(np.float32))  # a mean over bfloat16 stands still after a few hundred examples
         labels.append(batch["labels"][real])
     return np.concatenate(logits), np.concatenate(labels)
 

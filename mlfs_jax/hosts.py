@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mlfs_jax.errors import ConfigError, HostsError, MLFSError
+from mlfs_jax.errors import ConfigError, HostsError, MLFSError, first_line
 
 T = TypeVar("T")
 
@@ -101,7 +101,7 @@ class Hosts:
             )
         except (ValueError, RuntimeError, OSError) as e:
             raise HostsError(
-                f"the processes of this job did not find each other ({_first_line(e)}): give --coordinator host:port, "
+                f"the processes of this job did not find each other ({first_line(e)}): give --coordinator host:port, "
                 "--num-processes and --process-id, and start all of them."
             ) from e
         try:
@@ -110,7 +110,7 @@ class Hosts:
             codes = {KeyboardInterrupt: 130, MLFSError: 2, jax.errors.JaxRuntimeError: LOST}
             atexit.register(_leave, next((code for kind, code in codes.items() if isinstance(e, kind)), 1))
             if isinstance(e, jax.errors.JaxRuntimeError):
-                raise HostsError(f"the processes of this job lost each other ({_first_line(e)}). {_AGAIN}") from e
+                raise HostsError(f"the processes of this job lost each other ({first_line(e)}). {_AGAIN}") from e
             raise
 
 
@@ -266,7 +266,3 @@ def _leave(code: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -62,6 +62,7 @@ class Order:
 
     @classmethod
     def from_json(cls, saved: Mapping[str, list]) -> Order:
+        """What :meth:`to_json` gave; raises KeyError, TypeError or ValueError for something else."""
         return cls(*(np.asarray(saved[axis], np.int32) for axis in AXES))
 
 
@@ -118,7 +119,7 @@ def importance_order(importance: Importance, config: Config) -> Order:
 def block_influence(model: Model, batches: Iterable[Mapping]) -> Float[np.ndarray, " L"]:
     """1 - cos(input, output) of every layer, averaged over tokens (ShortGPT, arXiv 2403.03853, eq. 1).
 
-    A layer that hardly turns the residual stream can go; for decoders with taps and their embedded input.
+    A layer that hardly turns the residual stream can go.
     """
 
     @jax.jit

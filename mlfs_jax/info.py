@@ -88,7 +88,7 @@ def _describe_entry(entry: Entry) -> dict:
         "folder": str(folder) if cached else f"not in the cache: mlfs fetch {entry.name}",
         "files": list(entry.files),
     }
-    if cached and entry.kind == "model" and "config.json" in entry.files:
+    if cached and entry.kind == "model":
         described |= _model(load_checkpoint(folder)[0])
     return described
 

@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import safetensors.numpy as safetensors
 from flax import nnx
 from jaxtyping import Array
+from safetensors import SafetensorError
 
 from mlfs_jax.backbone.tree import STACKED, flatten, map_named
-from mlfs_jax.errors import ConfigError, unknown
+from mlfs_jax.errors import ConfigError, RunError, unknown
 from mlfs_jax.hosts import by_writer, to_host
 from mlfs_jax.model import Model
 from mlfs_jax.run import write_atomic
@@ -94,6 +95,24 @@ def lora_axes(base: nnx.State, lora: Mapping) -> dict[str, dict[str, tuple[str, 
     return axes
 
 
+def misfit(base: nnx.State, lora: Mapping) -> str | None:
+    """What in an adapter is not of this base, in words; None: all of it is."""
+    weights = flatten(base)
+    for site, entry in lora.items():
+        for leaf, value in entry.items():
+            name = f"{site}.kernel" if leaf in ("a", "b") else f"{site}.{leaf}"
+            if name not in weights:
+                return f"there is no {name}"
+            expected = weights[name].shape
+            if leaf in ("a", "b"):
+                stacked, out = _split_axes(weights[name])
+                rank = value.shape[-1] if leaf == "a" else value.shape[min(stacked, value.ndim - 1)]
+                expected = (*expected[:out], rank) if leaf == "a" else (*expected[:stacked], rank, *expected[out:])
+            if value.shape != expected:
+                return f"{site}/{leaf} has shape {value.shape}, not {expected}"
+    return None
+
+
 def stack_stages(stages: Sequence[Lora]) -> Lora:
     """One adapter equal to the sum of several: pairs side by side along the rank, deltas added."""
     merged: Lora = {}
@@ -118,11 +137,14 @@ def save_lora(file: str | Path, lora: Mapping) -> None:
 
 
 def load_lora(file: str | Path) -> Lora:
-    """Read what :func:`save_lora` wrote."""
+    """Read what :func:`save_lora` wrote; raises RunError for a file that is missing or damaged."""
     lora: Lora = {}
-    for name, value in safetensors.load_file(file).items():
-        site, leaf = name.split("/")
-        lora.setdefault(site, {})[leaf] = jnp.asarray(value)
+    try:
+        for name, value in safetensors.load_file(file).items():
+            site, leaf = name.split("/")
+            lora.setdefault(site, {})[leaf] = jnp.asarray(value)
+    except (OSError, ValueError, SafetensorError) as e:
+        raise RunError(f"{file} is missing or damaged ({e}): restore it, or fit again into another folder.") from e
     return lora
 
 
@@ -134,13 +156,14 @@ def _update(base: nnx.State, lora: Mapping, sign: int) -> nnx.State:
             stacked = leaf.axes[0] == STACKED
             product = lambda a, b: jnp.tensordot(a, b, axes=1)  # noqa: E731
             value = value + sign * (jax.vmap(product) if stacked else product)(entry["a"], entry["b"])
-        return value + sign * entry[kind] if kind in entry else value
+        value = value + sign * entry[kind] if kind in entry else value
+        return value.astype(leaf[...].dtype)  # rounded once: a float32 adapter on a bfloat16 base
 
     return map_named(merged, base)
 
 
 def merge_lora(base: nnx.State, lora: Mapping) -> nnx.State:
-    """W0 + A B for every site, as a base of the same structure."""
+    """W0 + A B for every site, as a base of the same structure and type."""
     return _update(base, lora, +1)
 
 

@@ -142,7 +142,6 @@ METRICS: dict[str, Callable[..., float]] = {
     "rouge2": rouge2,
     "rougeL": rouge_l,
 }
-LOWER_IS_BETTER = frozenset({"perplexity"})
 
 
 def get_metric(name: str) -> Callable[..., float]:

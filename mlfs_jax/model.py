@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -61,6 +62,11 @@ class Model:
 
 def _network(config: Config, rngs: nnx.Rngs) -> Encoder | Decoder:
     return Decoder(config, rngs=rngs) if isinstance(config, DecoderConfig) else Encoder(config, rngs=rngs)
+
+
+def as_key(key: int | Array) -> Array:
+    """A key of random numbers from itself, or from its seed."""
+    return jax.random.key(int(key)) if isinstance(key, int | np.integer) else key
 
 
 @lru_cache(maxsize=256)
@@ -137,8 +143,8 @@ def forward(
 
     Args:
         batch: ``input_ids`` and ``attention_mask``, int [B, T], as a Hugging Face tokenizer gives them;
-            ``token_type_ids`` if the model has types. A decoder takes all tokens as real when there is no mask, and
-            padding on either side. Other entries (labels) are ignored.
+            ``token_type_ids`` if the model has types. Without a mask all tokens are real; a decoder takes padding on
+            either side. Other entries (labels) are ignored.
         lora: low-rank pairs and full deltas by site, see :mod:`mlfs_jax.lora`.
         mask: the subnet to run, see :func:`mlfs_jax.make_mask`; None runs the maxnet.
         taps: also return every layer's output.
@@ -149,7 +155,7 @@ def forward(
         logits: False leaves out the head, whose logits may be the largest array of all.
 
     Raises:
-        ConfigError: the adapter names a weight that the model does not have.
+        ConfigError: the adapter names a weight that the model does not have, or T is beyond its table of positions.
     """
     pairs: dict[str, Mapping] = {}
     deltas: dict[str, Array] = {}

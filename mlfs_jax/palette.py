@@ -205,7 +205,8 @@ class Palette:
 
 def short(name: str) -> str:
     """A model's or task's name for readers elsewhere: of a local path, its last part."""
-    return Path(name).name if Path(name).expanduser().exists() else name
+    path = Path(name).expanduser()
+    return path.name if path.is_absolute() or path.exists() else name
 
 
 def shape(subnet: Subnet) -> str:
@@ -245,10 +246,14 @@ def measure(
 
     Raises:
         UnknownNameError: no such split or subnet. SubnetError: a subnet that the space does not contain.
-        ConfigError: no batch size, or one below 1.
+        ConfigError: no batch size, or one below 1; a length that the model cannot read.
+        RunError: the data have changed since the run.
     """
     if not batch_sizes or min(batch_sizes) < 1:
         raise ConfigError(f"batch_sizes = {tuple(batch_sizes)}: expected at least one, each of at least 1.")
+    context = fitted.model.config.context
+    if length is not None and not 2 <= length <= context:
+        raise ConfigError(f"length = {length}: expected 2 to {context}, which the model can read.")
     space = fitted.space
     if subnets is None:
         subnets = space.names()
@@ -257,12 +262,12 @@ def measure(
     chosen = {"maxnet": space.maxnet}
     chosen |= {name: space.check(subnet) for name, subnet in subnets.items() if subnet != space.maxnet}
 
-    data = data or fitted.config.load_data(fitted.task, fitted.model)
+    data = data or fitted.load_data()
     split = split or ("test" if "test" in data else "validation")
     if split not in data:
         raise unknown("split", split, data)
     examples, metric = data[split], fitted.task.metric
-    length = length or examples.max_length
+    length = examples.max_length if length is None else length
 
     merged = fitted.merged
     models = {name: slice_subnet(merged, subnet) for name, subnet in chosen.items()}

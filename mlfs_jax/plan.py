@@ -137,8 +137,8 @@ def plan(config: Config, mesh: Mesh, fit: FitConfig, length: int, stage: int = 0
     if not 0 <= stage < len(stages):
         raise ConfigError(f"stage = {stage}: expected 0 to {len(stages) - 1}.")
     check_rows(mesh, fit.batch_size)
-    if not 2 <= length <= config.max_positions:
-        raise ConfigError(f"length = {length}: expected 2 to {config.max_positions}, which the model can read.")
+    if not 2 <= length <= config.context:
+        raise ConfigError(f"length = {length}: expected 2 to {config.context}, which the model can read.")
     put = lambda tree, where: jax.tree.map(  # noqa: E731
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, where
     )

@@ -8,8 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from mlfs_jax.config import Config
-from mlfs_jax.errors import ConfigError, unknown
+from mlfs_jax.errors import unknown
+from mlfs_jax.hf import gguf
 from mlfs_jax.hf.configs import family_of, from_hf
+from mlfs_jax.hf.gguf_file import open_gguf
 from mlfs_jax.hf.load import read_config
 from mlfs_jax.hf.table import DecoderFamily
 from mlfs_jax.registry import ENTRIES, resolve_model
@@ -71,8 +73,8 @@ def config_of(name: str, *, labels: int = 2) -> Config:
     """The config of a model as it would be trained here: a decoder with its own head, an encoder with a classifier.
 
     Args:
-        name: a published model of :data:`SHAPES`, a config.json or a folder with one, a hub id org/name
-            (whose config.json alone is downloaded), a name of the catalogue (fetched).
+        name: a published model of :data:`SHAPES`, a config.json (of any name), a GGUF file, a folder with one of the
+            two, a hub id org/name (whose config.json alone is downloaded), a name of the catalogue (fetched).
         labels: outputs of the classifier.
 
     Raises:
@@ -80,17 +82,14 @@ def config_of(name: str, *, labels: int = 2) -> Config:
         ConfigError, CheckpointError: its config.json cannot be used.
     """
     path = Path(name).expanduser()
-    if name in SHAPES:
-        hf = SHAPES[name]
-    elif path.suffix == ".gguf" and path.is_file():
-        raise ConfigError(f"{path} is a GGUF file: give a config.json, or a folder with one.")
-    elif path.is_file() or path.is_dir():
-        hf = read_config(path.parent if path.is_file() else path)
-    elif "/" in name or name in {entry.name for entry in ENTRIES}:
-        hf = read_config(resolve_model(name, files=("config.json",)))
-    else:
-        known = [*SHAPES, *(entry.name for entry in ENTRIES if entry.kind == "model")]
-        raise unknown("model (nor is it a config.json, nor a folder with one)", name, known)
+    if name not in SHAPES and not path.exists():
+        if "/" not in name and name not in {entry.name for entry in ENTRIES}:
+            known = [*SHAPES, *(entry.name for entry in ENTRIES if entry.kind == "model")]
+            raise unknown("model (nor is it a config.json, a GGUF file, nor a folder with one)", name, known)
+        path = resolve_model(name, files=("config.json",))
+    if name not in SHAPES and (file := gguf.gguf_in(path)) is not None:
+        return gguf.config_of(open_gguf(file))
+    hf = SHAPES[name] if name in SHAPES else read_config(path)
     if isinstance(family_of(hf), DecoderFamily):
         return from_hf(hf, head="lm")
     return from_hf(hf, head="sequence", labels=labels, problem="classification")

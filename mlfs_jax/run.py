@@ -42,12 +42,13 @@ class Run:
 
     def __init__(self, path: Path, info: dict, *, lock: int | None, resumed: bool, follows: bool = False):
         self.path, self.config, self.resumed = path, info["config"], resumed
+        self.kind: str | None = info.get("kind")  # None: a run of old, or of one who does not say
         self.version, self.created = info.get("version", "unknown"), info.get("created", "unknown")
         self._lock, self._follows = lock, follows
         self._log: io.FileIO | None = None
 
     @classmethod
-    def create_or_resume(cls, path: str | os.PathLike, config: dict) -> "Run":
+    def create_or_resume(cls, path: str | os.PathLike, config: dict, *, kind: str | None = None) -> "Run":
         """Starts a run in a new (or empty) folder, or takes up the one that is there.
 
         Of several processes (see :mod:`mlfs_jax.hosts`) all call this. Process 0 writes; in the others `log`,
@@ -56,12 +57,13 @@ class Run:
         Args:
           config: what must agree for the curve to continue, as JSON can hold it. Leave out what may change
             between two starts (the device, how often to log).
+          kind: what made it, for those who open it.
 
         Raises:
           RunError: the folder holds a run with another config or other files, or another process trains there.
         """
         path, config = Path(path).absolute(), _as_json(config)
-        run = by_writer(lambda: cls._create_or_resume(path, config))
+        run = by_writer(lambda: cls._create_or_resume(path, config, kind))
         if run is None:
             info = _read_info(path)
             _check_same(path, info["config"], config)
@@ -70,7 +72,7 @@ class Run:
         return run
 
     @classmethod
-    def _create_or_resume(cls, path: Path, config: dict) -> "Run":
+    def _create_or_resume(cls, path: Path, config: dict, kind: str | None) -> "Run":
         if path.exists() and not path.is_dir():
             raise RunError(f"{path} is a file: give --out the name of a folder")
         if path.is_dir() and not (path / _RUN).exists() and _foreign(path):
@@ -92,6 +94,8 @@ class Run:
                 version = getattr(sys.modules.get("mlfs_jax"), "__version__", "unknown")
                 created = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
                 info = {"format": FORMAT, "version": version, "created": created, "config": config}
+                if kind is not None:
+                    info["kind"] = kind
                 write_json(path / _RUN, info)
         except BaseException:
             os.close(lock)

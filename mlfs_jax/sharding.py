@@ -49,7 +49,7 @@ def mesh_sizes(spec: str) -> dict[str, int]:
         name, _, size = part.partition("=")
         if name not in AXES:
             raise unknown("mesh axis", name, AXES)
-        if not size.isdigit() or int(size) < 1:
+        if not (size.isascii() and size.isdigit()) or int(size) < 1:
             raise ConfigError(f"mesh {spec!r}: {name} = {size!r}; expected a whole number of at least 1.")
         sizes[name] = int(size)
     return sizes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,11 +40,12 @@ class Stage:
     def __post_init__(self):
         if self.sample not in SAMPLES:
             raise ConfigError(f"stage {self.name}: sample = {self.sample!r}: expected one of {', '.join(SAMPLES)}.")
-        if self.steps < 1 or self.rank < 1 or self.random_subnets < 0 or self.learning_rate <= 0:
+        rate = 0 < self.learning_rate < math.inf
+        if self.steps < 1 or self.rank < 1 or self.random_subnets < 0 or not rate:
             raise ConfigError(
                 f"stage {self.name}: steps = {self.steps}, rank = {self.rank}, random_subnets = "
                 f"{self.random_subnets}, learning_rate = {self.learning_rate}: expected steps and rank of at least 1, "
-                "random_subnets of at least 0, a positive learning_rate."
+                "random_subnets of at least 0, a positive, finite learning_rate."
             )
 
     def subnets(self, space: SubnetSpace, key: Array) -> tuple[Subnet, ...]:
@@ -56,7 +58,7 @@ class Stage:
             return ()
         full = space.at_full_depth()
         space = full if self.sample == "width" else space
-        chosen = [space.minnet]
+        chosen = [] if space.minnet == space.maxnet else [space.minnet]  # only depths: stage 1 has the maxnet alone
         if full.minnet not in (space.minnet, space.maxnet):
             chosen.append(full.minnet)
         wanted = len(chosen) + self.random_subnets

@@ -7,7 +7,6 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from jaxtyping import Array
 from mlfs_jax.backbone.tree import STACKED, Mask, flatten
 from mlfs_jax.config import Config, DecoderConfig
 from mlfs_jax.errors import ConfigError, SubnetError, unknown
-from mlfs_jax.model import abstract
+from mlfs_jax.model import abstract, as_key
 
 FRACTIONS = {"two-thirds": 2 / 3, "half": 1 / 2, "third": 1 / 3, "quarter": 1 / 4, "eighth": 1 / 8}
 """Names of subnets by their share of the maxnet's non-embedding parameters."""
@@ -40,6 +39,8 @@ class Subnet:
     layers: tuple[int, ...]
 
     def __post_init__(self):
+        for axis in ("heads", "mlp", "layers"):  # lists are no arguments of compiled functions
+            object.__setattr__(self, axis, tuple(getattr(self, axis)))
         if not len(self.heads) == len(self.mlp) == len(self.layers) > 0:
             raise SubnetError(
                 f"a subnet of {len(self.layers)} layers with {len(self.heads)} head counts and {len(self.mlp)} mlp "
@@ -59,10 +60,7 @@ class Subnet:
     @classmethod
     def from_json(cls, saved: Mapping) -> Subnet:
         """What ``dataclasses.asdict`` gave, after a trip through JSON."""
-        fields: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()
-        }
-        return cls(**fields)
+        return cls(**saved)
 
 
 def check_fits(config: Config, subnet: Subnet) -> None:
@@ -253,9 +251,9 @@ class SubnetSpace:
         """The same widths, every layer kept: what stage 1 samples from."""
         return dataclasses.replace(self, depth=(self.config.layers,))
 
-    def sample(self, key: Array) -> Subnet:
-        """A random subnet; the same key gives the same subnet."""
-        rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    def sample(self, key: int | Array) -> Subnet:
+        """A random subnet; the same seed or key gives the same subnet."""
+        rng = np.random.default_rng(np.asarray(jax.random.key_data(as_key(key))))
         pick = lambda choices: choices[rng.integers(len(choices))]  # noqa: E731
         embed, depth = pick(self.embed), pick(self.depth)
         if self.vary == "per-layer":
@@ -340,7 +338,7 @@ class SubnetSpace:
                 axis, _, value = part.strip().partition("=")
                 if axis not in sizes:
                     raise unknown("axis", axis, sizes)
-                if not value.isdigit():
+                if not (value.isascii() and value.isdigit()):
                     raise SubnetError(f"{part!r}: expected a whole number after {axis}=.")
                 sizes[axis] = int(value)
             if sizes["depth"] not in self.depth:

@@ -1,9 +1,9 @@
 """``fit``: from a pretrained model and a task to a run folder that holds a palette.
 
-A run folder holds run.json (the config), metrics.jsonl (the loss curve), checkpoints/ (of the stage under way),
-head.safetensors (what a new head started from), order.json (the importance order of the axes), and
-adapters/stageN.safetensors for every finished stage. The base is not copied: a run is a few megabytes beside its
-pretrained model.
+A run folder holds run.json (the config), task.json (what the task is), metrics.jsonl (the loss curve), checkpoints/
+(of the stage under way), head.safetensors (what a new head started from), order.json (the importance order of the
+axes), and adapters/stageN.safetensors for every finished stage. The base is not copied: a run is a few megabytes beside
+its pretrained model.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from mlfs_jax.backbone.tree import flatten, map_named
 from mlfs_jax.checkpoint import Checkpoints
 from mlfs_jax.data.batches import Batches
 from mlfs_jax.data.encode import Encoded, fingerprint
-from mlfs_jax.data.tasks import Task, task_names
+from mlfs_jax.data.tasks import Examples, Task, task_names
 from mlfs_jax.distill import DistillConfig, init_projection, task_loss
+from mlfs_jax.errors import MLFSError, RunError
 from mlfs_jax.evaluate import evaluate
 from mlfs_jax.fit_config import FitConfig
 from mlfs_jax.hosts import decided, is_writer, same_everywhere, several
 from mlfs_jax.importance import Order, block_influence, importance_order, measure_importance, reorder, reorder_lora
-from mlfs_jax.lora import Lora, init_lora, load_lora, merge_lora, save_lora, stack_stages
+from mlfs_jax.lora import Lora, init_lora, load_lora, merge_lora, misfit, save_lora, stack_stages
 from mlfs_jax.model import Model, cast_base, forward
 from mlfs_jax.preemption import Preemption, preemption
 from mlfs_jax.registry import ENTRIES
@@ -45,6 +46,7 @@ from mlfs_jax.supernet import Params, Supernet, TrainState, state_places
 from mlfs_jax.timing import UNROLLED
 from mlfs_jax.vocab import Hidden, lm_loss
 
+KIND = "mlfs fit"
 LOG_EVERY = 10
 HEAD = "head.safetensors"
 
@@ -57,6 +59,7 @@ class Fitted:
         model: the pretrained model, reordered when the run did so.
         stages: one adapter for each finished stage.
         order: the permutation that was applied, or None.
+        data: fingerprint of the examples that it was trained on; None: not known.
     """
 
     config: FitConfig
@@ -64,6 +67,7 @@ class Fitted:
     model: Model
     stages: tuple[Lora, ...]
     order: Order | None
+    data: str | None = None
 
     @property
     def lora(self) -> Lora:
@@ -78,6 +82,17 @@ class Fitted:
     def merged(self) -> Model:
         return self.model.replace(base=merge_lora(self.model.base, self.lora))
 
+    def load_data(self) -> dict[str, Encoded]:
+        """The task's examples, encoded.
+
+        Raises:
+            RunError: they are not those that the run was trained on.
+        """
+        data = self.config.load_data(self.task, self.model)
+        if self.data is not None and fingerprint(data) != self.data:
+            raise _changed(self.config, "other examples")
+        return data
+
 
 def load_run(path: str | Path, *, finished: bool = False, mesh: Mesh | None = None) -> Fitted:
     """Open a run folder.
@@ -87,28 +102,79 @@ def load_run(path: str | Path, *, finished: bool = False, mesh: Mesh | None = No
         mesh: devices to spread the weights over, see :func:`mlfs_jax.make_mesh`.
 
     Raises:
-        RunError: there is none, or (with ``finished``) it has not come to its end.
+        RunError: there is none, it is of another kind or damaged, or (with ``finished``) it has not come to its end.
     """
     run = Run.open(path, finished=finished)
-    saved = {name: value for name, value in run.config.items() if name != "data"}
-    saved["distill"] = DistillConfig(**saved["distill"])
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
-    config = FitConfig(**fields)
-    task = config.get_task()
+    if run.kind not in (None, KIND):
+        raise RunError(f"{run.path} is a run of {run.kind}: expected one of {KIND}.")
+    try:
+        saved = {name: value for name, value in run.config.items() if name != "data"}
+        saved["distill"] = DistillConfig(**saved["distill"])
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+        config = FitConfig(**fields)
+    except (TypeError, KeyError) as e:
+        raise RunError(
+            f"{run.path} holds no run of {KIND} that this version reads ({e}): it is damaged, of another program, or "
+            f"of version {run.version}."
+        ) from e
+    task = _load_task(run, config)
     return _assemble(run, config, task, config.load_model(task, mesh))
 
 
+def _save_task(run: Run, task: Task) -> None:
+    """Keep what the task is: the run is used without its data, which may change or go."""
+    if not decided((run.path / "task.json").exists()):
+        run.write_json("task", {name: value for name, value in vars(task).items() if name != "read"})
+
+
+def _load_task(run: Run, config: FitConfig) -> Task:
+    """The task of a run as it was trained; its data are read when they are asked for."""
+    if not (run.path / "task.json").exists():  # a run of old
+        return config.get_task()
+
+    def read() -> dict[str, Examples]:
+        now = config.get_task()
+        if now.labels != task.labels:
+            raise _changed(config, f"labels {', '.join(now.labels)} instead of {', '.join(task.labels)}")
+        return now.read()
+
+    saved = run.read_json("task")
+    try:
+        task = Task(**(saved | {"labels": tuple(saved["labels"]), "read": read}))
+    except (TypeError, KeyError, MLFSError) as e:
+        raise RunError(f"{run.path / 'task.json'} is damaged ({e!r}): delete it, if the data are still there.") from e
+    return task
+
+
+def _changed(config: FitConfig, how: str) -> RunError:
+    return RunError(
+        f"the data of {config.task} are not those that the run was trained on ({how}): restore them, or fit again into "
+        "another folder."
+    )
+
+
+def _read_lora(file: Path, base: nnx.State) -> Lora:
+    lora = load_lora(file)
+    if (wrong := misfit(base, lora)) is not None:
+        raise RunError(f"{file} does not fit the model of the run, which has changed: {wrong}. Restore the model.")
+    return shard_lora(base, lora)
+
+
 def _assemble(run: Run, config: FitConfig, task: Task, model: Model) -> Fitted:
-    head = shard_lora(model.base, load_lora(run.path / HEAD)) if not task.is_language else {}
+    head = _read_lora(run.path / HEAD, model.base) if not task.is_language else {}
     start = {f"{site}.{leaf}": value for site, entry in head.items() for leaf, value in entry.items()}
     model = model.replace(base=map_named(lambda name, leaf: start.get(name, leaf[...]), model.base))
     files = [_adapter_file(run, stage) for stage in config.stages]
-    stages = tuple(shard_lora(model.base, load_lora(file)) for file in files if file.exists())
+    stages = tuple(_read_lora(file, model.base) for file in files if file.exists())
     order = None
     if stages and config.reorder:
-        order = Order.from_json(run.read_json("order"))
+        try:
+            order = Order.from_json(run.read_json("order"))
+        except (KeyError, TypeError, ValueError) as e:
+            raise RunError(f"{run.path / 'order.json'} is damaged ({e!r}): restore it, or fit again.") from e
         model = reorder(model, order)
-    return Fitted(config, task, model, stages, order)
+    known = (run.path / "task.json").exists()  # a run of old is not held to its data
+    return Fitted(config, task, model, stages, order, run.config.get("data") if known else None)
 
 
 def _from_anywhere(name: str) -> str:
@@ -156,7 +222,8 @@ def fit(
     config.space(model.config)  # what is wrong is said before the folder is made
     Batches(data["train"], config.batch_size, seed=config.seed, buckets=config.buckets)
     saved = {**dataclasses.asdict(config), "data": fingerprint(data)}
-    with preemption() as stop, Run.create_or_resume(out, saved) as run:
+    with preemption() as stop, Run.create_or_resume(out, saved, kind=KIND) as run:
+        _save_task(run, task)
         if not task.is_language and not decided((run.path / HEAD).exists()):
             _save_head(run, model)
         if run.finished:

@@ -73,7 +73,7 @@ def verify(directory: str | Path, fitted: Fitted, *, examples: int = 16, seed: i
         examples: rows of the random and of the real batch.
 
     Raises:
-        RunError: the folder is none that ``mlfs export`` wrote.
+        RunError: the folder is none that ``mlfs export`` wrote, or the data have changed since the run.
         SubnetError: the run's model does not hold such a subnet: it is another run.
         CheckpointError: the folder cannot be loaded at all.
     """
@@ -135,6 +135,7 @@ def _provenance(directory: Path, origin: Origin, fitted: Fitted) -> list[Check]:
 
 def _real_batch(directory: Path, fitted: Fitted, examples: int) -> tuple[dict[str, np.ndarray], Check]:
     """Validation texts, tokenized as the run does; and whether the export's own tokenizer says the same."""
+    fitted.load_data()  # raises where they have changed
     texts = fitted.task.read()["validation"]
     texts = texts.take(range(min(examples, len(texts))))
     length = fitted.config.max_length or fitted.task.max_length

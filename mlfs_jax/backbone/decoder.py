@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mlfs_jax.backbone.attention import alibi_slopes, attention, rope_tables, rotate
 from mlfs_jax.backbone.cache import Cache, write
-from mlfs_jax.backbone.layers import ACTIVATIONS, Embed, Linear, Norm, weight
+from mlfs_jax.backbone.layers import ACTIVATIONS, Embed, Linear, Norm, check_context, weight
 from mlfs_jax.backbone.tree import Mask, Output, place_rows, under
 from mlfs_jax.config import DecoderConfig
 
@@ -49,7 +49,9 @@ class Context:
 
     def rope(self, window: Int[Array, ""] | None) -> Float[Array, "2 B T half"]:
         """The rotation of a layer; layers with a window may have their own."""
-        return self.ropes[0] if len(self.ropes) == 1 else jnp.where(window > 0, self.ropes[1], self.ropes[0])
+        if window is None or len(self.ropes) == 1:  # None: no layer has one
+            return self.ropes[0]
+        return jnp.where(window > 0, self.ropes[1], self.ropes[0])
 
 
 class Attention(nnx.Module):
@@ -275,6 +277,8 @@ class Decoder(nnx.Module):
         logits: bool = True,
     ) -> Output:
         config, tokens = self.config, batch["input_ids"]
+        if config.positions == "learned" and cache is None:  # a cache's tokens may be padding, beyond the last text
+            check_context(config, tokens)
         keep = None if mask is None else mask.embed
         real = batch["attention_mask"].astype(bool) if "attention_mask" in batch else jnp.ones(tokens.shape, bool)
         context = Context(config, real, cache)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from mlfs_jax.backbone.layers import ACTIVATIONS, Embed, Linear, Norm, weight
+from mlfs_jax.backbone.layers import ACTIVATIONS, Embed, Linear, Norm, check_context, weight
 from mlfs_jax.backbone.tree import Mask, Output, place_rows, under
 from mlfs_jax.config import EncoderConfig
 from mlfs_jax.errors import ConfigError
@@ -160,8 +160,10 @@ class Encoder(nnx.Module):
             raise ConfigError("an encoder has no key-value cache: it reads a whole text at once.")
         tokens = batch["input_ids"]
         keep = None if mask is None else mask.embed
-        attend = batch["attention_mask"].astype(bool)[:, None, None, :]
-        x = place_rows(self.embed(tokens, batch.get("token_type_ids"), under(lora, "embed"), keep), rows)
+        check_context(self.config, tokens)
+        real = batch["attention_mask"].astype(bool) if "attention_mask" in batch else jnp.ones(tokens.shape, bool)
+        attend = real[:, None, None, :]
+        x = embedded = place_rows(self.embed(tokens, batch.get("token_type_ids"), under(lora, "embed"), keep), rows)
 
         block_def, stacked = nnx.split(self.layers)
 
@@ -185,4 +187,4 @@ class Encoder(nnx.Module):
         )
         top, name = (self.head, "head") if self.head is not None else (self.pooler, "pooler")
         found = top(x, under(lora, name), keep, self.embed.tokens) if logits and top is not None else None
-        return Output(logits=found, hidden=x, taps=tapped)
+        return Output(logits=found, hidden=x, taps=tapped, embedded=embedded if taps else None)

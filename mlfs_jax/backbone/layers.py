@@ -12,7 +12,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
+
+from mlfs_jax.config import Config
+from mlfs_jax.errors import ConfigError
 
 Dims = dict[str, int]
 """Axis name -> size, in order."""
@@ -40,6 +43,14 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "swish": jax.nn.silu,
     "tanh": jnp.tanh,
 }
+
+
+def check_context(config: Config, tokens: Int[Array, "B T"]) -> None:
+    """Raise ConfigError for a batch wider than the table of positions, in which a lookup would find anything."""
+    if tokens.shape[1] > config.context:
+        raise ConfigError(
+            f"a batch of {tokens.shape[1]} tokens: this {config.family} has positions for {config.context}; cut it."
+        )
 
 
 def weight(init, dims: list[tuple[str, int]], rngs: nnx.Rngs, **meta) -> nnx.Param:

@@ -53,7 +53,7 @@ class Output:
         hidden: [B, T, D], the last layer's output; of a decoder, behind the final norm: what the head reads.
         taps: [L, B, T, D], every layer's output, when asked for (a skipped layer repeats its input).
         cache: the key-value cache with the new tokens in it, when one was given.
-        embedded: [B, T, D], a decoder's input to its first layer, beside the taps.
+        embedded: [B, T, D], the input to the first layer, beside the taps.
     """
 
     logits: Array | None

@@ -77,10 +77,6 @@ class Batches:
         self._last: tuple[int, np.ndarray] | None = None  # (epoch, its rows): neighbours share an epoch
 
     @property
-    def num_examples(self) -> int:
-        return len(self.encoded)
-
-    @property
     def epoch_steps(self) -> int:
         """Batches in one epoch."""
         return len(self.encoded) // self.batch_size

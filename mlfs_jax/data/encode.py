@@ -53,7 +53,7 @@ def load_task(
     max_length tokens. `max_length` defaults to the task's.
     """
     task = task if isinstance(task, Task) else get_task(task)
-    length, splits = max_length or task.max_length, {}
+    length, splits = task.max_length if max_length is None else max_length, {}
     for split, examples in task.read().items():
         if task.problem == "lm":
             blocks = encode_lm(examples, model_dir, length, whole_blocks=split == "train")

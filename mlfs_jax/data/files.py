@@ -125,6 +125,11 @@ def json_records(file: Path, content: str, fields: str) -> Iterator[tuple[int, d
             raise DataError(f"{file}, line {line}: not JSON: {e.msg} at column {e.colno}.") from e
         if not isinstance(record, dict):
             raise DataError(f"{file}, line {line}: expected an object with {fields}, got {text.strip()[:40]!r}.")
+        try:  # JSON may name half a character, which no tokenizer takes
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError as e:
+            half = f"\\u{ord(e.object[e.start]):04x}"
+            raise DataError(f"{file}, line {line}: {half} is half of a surrogate pair; write it whole.") from e
         yield line, record
 
 

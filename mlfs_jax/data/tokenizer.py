@@ -64,7 +64,7 @@ def positions(config: dict) -> int:
 class Specials(NamedTuple):
     """The special tokens of a language model."""
 
-    prefix: tuple[int, ...]  # what its tokenizer puts before a text (beginning-of-text); often nothing
+    prefix: tuple[int, ...]  # see prefix_of
     eos: int  # ends a text
     pad: int  # fills up batches; the eos where the model has none
 
@@ -88,9 +88,14 @@ def specials(model_dir: str | Path, tokenizer=None) -> Specials:
             "tokenizer_config.json); language tasks need a causal language model."
         )
     pad = config.get("pad_token_id")
+    return Specials(prefix_of(tokenizer), eos, eos if pad is None or pad < 0 else pad)
+
+
+def prefix_of(tokenizer) -> tuple[int, ...]:
+    """What a tokenizer puts before a text (beginning-of-text); often nothing."""
     added = tokenizer.encode("a")
     first = next(i for i, special in enumerate([*added.special_tokens_mask, 0]) if not special)
-    return Specials(tuple(added.ids[:first]), eos, eos if pad is None or pad < 0 else pad)
+    return tuple(added.ids[:first])
 
 
 def _eos_by_name(file: Path, tokenizer) -> int | None:

@@ -15,7 +15,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mlfs_jax.backbone.cache import Cache
 from mlfs_jax.backbone.tree import Mask, flatten
-from mlfs_jax.config import DecoderConfig
 from mlfs_jax.errors import ConfigError
 from mlfs_jax.generate.beams import beam_search
 from mlfs_jax.generate.loop import Rows, Step, advance, decode
@@ -38,9 +37,7 @@ class Network:
     mask: Mask | None = field(init=False, repr=False)
 
     def __post_init__(self):
-        config = self.model.config
-        if not isinstance(config, DecoderConfig):
-            raise ConfigError(f"{self.model.name} is an encoder ({config.family}): only decoders generate text.")
+        config = self.model.decoder
         if config.head != "lm":
             raise ConfigError(f"{self.model.name} has no head that makes tokens: load it with head='lm'.")
         mask = make_mask(config, self.subnet) if isinstance(self.subnet, Subnet) else self.subnet

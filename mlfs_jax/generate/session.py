@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -17,7 +16,7 @@ from mlfs_jax.errors import ConfigError, DataError, SessionError
 from mlfs_jax.generate.loop import Rows
 from mlfs_jax.generate.network import Network, decode_beams, decode_rows, decode_token, prefill
 from mlfs_jax.generate.sampling import GREEDY, GenerateConfig
-from mlfs_jax.model import Model
+from mlfs_jax.model import Model, as_key
 from mlfs_jax.sharding import shard_cache
 from mlfs_jax.subnet import Subnet
 
@@ -207,7 +206,7 @@ def generate(
         session.unread = [[*old, *new] for old, new in zip(session.unread, tokens, strict=True)]
     else:
         end, out = decode_rows(
-            *network.weights, session.cache, first, sampling=config.sampling, key=_key(key), **common
+            *network.weights, session.cache, first, sampling=config.sampling, key=as_key(key), **common
         )
         scores, (tokens, finished) = end.score, cut_at_end(np.asarray(out), stop)
         session.cache, session.used = end.state, session.used + int(end.count)
@@ -239,7 +238,7 @@ def stream(
     network, session = Network(model, lora, subnet), Session() if session is None else session
     stop = network.stop(config.stop_tokens)
     first = session.feed(network, as_rows([prompt]), config.max_new_tokens)
-    return _stream(network, session, first, config, stop, _key(key))
+    return _stream(network, session, first, config, stop, as_key(key))
 
 
 def _stream(network: Network, session: Session, first, config: GenerateConfig, stop, key) -> Iterator[int]:
@@ -253,7 +252,3 @@ def _stream(network: Network, session: Session, first, config: GenerateConfig, s
         if stop[token]:
             return
         yield token
-
-
-def _key(key: int | Array) -> Array:
-    return jax.random.key(key) if isinstance(key, int) else key

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from jaxtyping import Array
 
 from mlfs_jax.backbone.tree import Mask
-from mlfs_jax.data.tokenizer import load_tokenizer
+from mlfs_jax.data.tokenizer import load_tokenizer, prefix_of
 from mlfs_jax.errors import DataError
 from mlfs_jax.generate.sampling import GREEDY, GenerateConfig
 from mlfs_jax.generate.session import generate, stream
@@ -64,12 +64,9 @@ def _encode(model: Model, texts: Sequence[str], chat: bool):
             "generate."
         )
     tokenizer = load_tokenizer(model.source)
-    prefix: list[int] = []  # a template says for itself what a prompt begins with
+    prefix = () if chat else prefix_of(tokenizer)  # a template says for itself what a prompt begins with
     if chat:
         texts = _as_chats(model, texts)
-    else:
-        added = tokenizer.encode("a")
-        prefix = added.ids[: added.special_tokens_mask.index(0)]
     return tokenizer, [[*prefix, *tokenizer.encode(text, add_special_tokens=False).ids] for text in texts]
 
 

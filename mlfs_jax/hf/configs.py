@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlfs_jax.backbone.layers import ACTIVATIONS
-from mlfs_jax.config import Config, DecoderConfig, EncoderConfig
+from mlfs_jax.config import SIZES, Config, DecoderConfig, EncoderConfig, check_size
 from mlfs_jax.errors import ConfigError, unknown
 from mlfs_jax.hf.families import FAMILIES, NOT_NATIVE
 from mlfs_jax.hf.table import DecoderFamily, EncoderFamily
@@ -111,6 +111,9 @@ def _encoder(
         raise ConfigError(
             f"{theirs} = {values['activation']!r} in config.json: expected one of {', '.join(ACTIVATIONS)}."
         )
+    for ours in family.fields:
+        if ours in SIZES:
+            check_size(family.fields[ours][0], values[ours])
     embed, heads = values["embed"], values["heads"]
     if embed % heads:
         raise ConfigError(

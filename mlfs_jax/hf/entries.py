@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from mlfs_jax.backbone.layers import ACTIVATIONS
-from mlfs_jax.config import DecoderConfig, Rope
+from mlfs_jax.config import SIZES, DecoderConfig, Rope, check_size
 from mlfs_jax.errors import ConfigError
 
 Fields = Mapping[str, tuple[str, object]]
@@ -40,6 +40,9 @@ def read(hf: Mapping, fields: Fields) -> dict:
             f"{theirs['activation']} = {values['activation']!r} in config.json: expected one of "
             f"{', '.join(ACTIVATIONS)}."
         )
+    for ours in SIZES:
+        if values.get(ours) is not None:
+            check_size(theirs[ours], values[ours])
     if values.get("kv_heads") is None:
         values["kv_heads"] = values["heads"]
     if values.get("head_dim") is None:

@@ -94,11 +94,13 @@ def export_hf(
 
     Raises:
         ConfigError: the family cannot express the model, for another reason than the width of its heads.
-        RunError: the folder holds something that is not an export.
+        RunError: the folder holds something that is not an export, or the model that this one is made from.
         CheckpointError: ``tokenizer_from`` has no tokenizer.
     """
     directory = Path(directory).expanduser()
     _check_free(directory)
+    if model.source is not None and directory.resolve() == model.source.resolve():
+        raise RunError(f"{directory} is the model that this one is made from, and runs need it: choose another folder.")
     tokenizer = _tokenizer_files(tokenizer_from, model.source)
     fit = nearest_fit(model.config)
     config, weights = fit.config, fit_weights(model, fit)

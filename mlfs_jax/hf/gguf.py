@@ -21,7 +21,7 @@ from jaxtyping import Array
 
 from mlfs_jax.backbone.tree import STACKED, flatten
 from mlfs_jax.config import DecoderConfig
-from mlfs_jax.errors import CheckpointError, ConfigError, RunError
+from mlfs_jax.errors import CheckpointError, ConfigError, RunError, some
 from mlfs_jax.hf.configs import to_hf
 from mlfs_jax.hf.gguf_file import GGUFFile, open_gguf
 from mlfs_jax.hf.gguf_rope import ROPE_FREQS, read_rope, shortest
@@ -65,7 +65,9 @@ def gguf_in(path: str | Path) -> Path | None:
         return None
     files = sorted(path.glob("*.gguf"))
     if len(files) > 1:
-        raise CheckpointError(f"{path} holds {len(files)} GGUF files, {_some(files)}: give the path of one of them.")
+        raise CheckpointError(
+            f"{path} holds {len(files)} GGUF files, {some(file.name for file in files)}: give the path of one of them."
+        )
     return files[0] if files else None
 
 
@@ -173,14 +175,13 @@ def _account(file: GGUFFile, config: DecoderConfig, wanted: set[str]) -> None:
     missing = sorted(wanted - file.tensors.keys())
     for what, names in (("lacks", missing), ("has tensors that are not built here:", strange)):
         if names:
-            raise CheckpointError(f"{file.path} {what} {_some(names)} ({len(names)} in all).")
+            raise CheckpointError(f"{file.path} {what} {some(names)} ({len(names)} in all).")
 
 
 def _read_weight(file: GGUFFile, config: DecoderConfig, name: str, keys: list[str], spec, dtype) -> np.ndarray:
     stacked = spec.axes[0] == STACKED
     expected = hf_shape(name, spec.axes, spec.shape)
     value = np.empty(spec.shape, dtype)
-    layer_axes, layer_shape = (spec.axes[1:], spec.shape[1:]) if stacked else (spec.axes, spec.shape)
     for i, key in enumerate(keys):
         tensor = file.tensors[key]
         if tensor.shape != expected:
@@ -188,7 +189,7 @@ def _read_weight(file: GGUFFile, config: DecoderConfig, name: str, keys: list[st
         theirs = file.read(key)
         if permuted(file.metadata["general.architecture"], name):
             theirs = unpermute(theirs, config.heads if name.startswith("layers.q.") else config.kv_heads)
-        value[i if stacked else ...] = to_ours(name, layer_axes, layer_shape, [theirs])
+        value[i if stacked else ...] = to_ours(name, spec.shape[1:] if stacked else spec.shape, theirs)
     return value
 
 
@@ -251,8 +252,3 @@ def _make_folder(folder: Path, files: dict[str, dict], link: Path) -> None:
                 raise
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-
-
-def _some(items) -> str:
-    items = [getattr(item, "name", item) for item in items]
-    return ", ".join(items[:8]) + (", ..." if len(items) > 8 else "")

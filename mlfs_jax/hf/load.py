@@ -19,12 +19,12 @@ from safetensors import SafetensorError, safe_open
 
 from mlfs_jax.backbone.tree import flatten
 from mlfs_jax.config import Config
-from mlfs_jax.errors import CheckpointError, ConfigError
+from mlfs_jax.errors import CheckpointError, ConfigError, some
 from mlfs_jax.hf.configs import family_of, from_hf, own_labels
 from mlfs_jax.hf.gguf import gguf_in, prepare_folder, read_gguf
 from mlfs_jax.hf.gguf_file import open_gguf
 from mlfs_jax.hf.table import LEAVES, Family
-from mlfs_jax.model import Model, abstract, build, init_weights
+from mlfs_jax.model import Model, abstract, as_key, build, init_weights
 from mlfs_jax.registry import resolve_model
 
 log = logging.getLogger("mlfs_jax")
@@ -177,24 +177,24 @@ def load_checkpoint(
                 weights[name] = _place(value, specs[name].axes, sharding)
         if missing:
             raise CheckpointError(
-                f"{directory} lacks {_some(missing)} ({len(missing)} in all); looked in {', '.join(files)}."
+                f"{directory} lacks {some(missing)} ({len(missing)} in all); looked in {', '.join(files)}."
             )
         dropped = _account(tensors, used, family, weights, config.head, directory)
 
     if initialised:
-        root = jax.random.key(key) if isinstance(key, int) else key
-        new = init_weights(config, root, tuple(initialised))
+        new = init_weights(config, as_key(key), tuple(initialised))
         for name, fresh_one in new.items():
             weights[name] = _place(np.asarray(fresh_one, dtype), specs[name].axes, sharding)
     report = LoadReport(directory, tuple(files), tuple(initialised), tuple(dropped))
     return build(config, weights, name=directory.name, source=directory), report
 
 
-def read_config(directory: Path) -> dict:
-    """config.json of a checkpoint, as a dict."""
-    path = directory / "config.json"
+def read_config(path: Path) -> dict:
+    """config.json of a checkpoint's folder, or a file of another name that holds one, as a dict."""
     if not path.is_file():
-        raise CheckpointError(f"{directory} has no config.json: expected a Hugging Face model directory.")
+        folder, path = path, path / "config.json"
+        if not path.is_file():
+            raise CheckpointError(f"{folder} has no config.json: expected a Hugging Face model directory.")
     try:
         hf = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -289,7 +289,7 @@ def _account(tensors, used, family, weights, head, directory) -> list[str]:
             strange.append(f"{tensor.key} in {tensor.file}, shape {tensor.shape}")
     if strange:
         raise CheckpointError(
-            f"{directory} has {len(strange)} keys that no {family.name} of this config has: {_some(strange)}."
+            f"{directory} has {len(strange)} keys that no {family.name} of this config has: {some(strange)}."
         )
     return dropped
 
@@ -300,7 +300,3 @@ def _place(value: np.ndarray, axes: tuple[str, ...], sharding: Placement | None)
     if not isinstance(sharding, jax.sharding.Sharding):
         sharding = sharding(axes, value.shape)
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
-
-
-def _some(items: list[str]) -> str:
-    return ", ".join(items[:8]) + (", ..." if len(items) > 8 else "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from mlfs_jax.model import Model
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
-TASKS = {"none": "FEATURE_EXTRACTION", "sequence": "SEQ_CLS", "token": "TOKEN_CLS", "mlm": None}
+TASKS = {"none": "FEATURE_EXTRACTION", "sequence": "SEQ_CLS", "token": "TOKEN_CLS", "mlm": None, "lm": "CAUSAL_LM"}
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def export_peft(
 
     Raises:
         ConfigError: Hugging Face cannot express the model's shape, or PEFT the adapter (a pair and a delta at one
-            site, a parameter outside any module).
+            site, a parameter outside any module, a projection that is joined with others or stored [in, out]).
         RunError: the folder holds something else than an adapter.
     """
     directory = Path(directory).expanduser()
@@ -75,8 +76,21 @@ def export_peft(
     for site in sorted(whole):
         if site in pairs:
             raise ConfigError(f"{site} is both low-rank and written whole: PEFT can do one of the two per module.")
-        if f"{site}.bias" == "head.bias" or (site == "embed.tokens" and config.head == "mlm"):
+        if site in ("head", "embed.tokens") and (config.head == "mlm" or getattr(config, "tied", False)):
             raise ConfigError(f"{site} is tied or in no module of its own: PEFT cannot write it whole.")
+    shared = Counter(family.module(site, config.head) for site in {name.rpartition(".")[0] for name in params})
+    for site in sorted({*whole, *pairs}):
+        module = family.module(site, config.head)
+        if shared[module] > 1 or "{head}" in module:
+            raise ConfigError(
+                f"{site} has no module of its own in {config.family}, whose {module} holds several: PEFT cannot hold "
+                "its adapter. Export a subnet: its weights have the adapter merged in."
+            )
+        if family.in_out and site in pairs:
+            raise ConfigError(
+                f"{config.family} stores {site} as [in, out], for which no PEFT adapter is written here. Export a "
+                "subnet: its weights have the adapter merged in."
+            )
 
     tensors: dict[str, np.ndarray] = {}
     rank = max((entry["a"].shape[-1] for entry in pairs.values()), default=0)

@@ -253,14 +253,13 @@ def hf_shape(name: str, axes: tuple[str, ...], shape: tuple[int, ...]) -> tuple[
     return tuple(reversed(merged)) if name.endswith(".kernel") else tuple(merged)
 
 
-def to_ours(name: str, axes: tuple[str, ...], shape: tuple[int, ...], tensors: list[np.ndarray]) -> np.ndarray:
-    """Tensors [out, in] (one per layer, or one) of a weight that shares its module with no other -> our weight."""
-    turned = [tensor.T if name.endswith(".kernel") else tensor for tensor in tensors]
-    return np.stack(turned).reshape(shape) if axes[0] == STACKED else turned[0].reshape(shape)
+def to_ours(name: str, shape: tuple[int, ...], tensor: np.ndarray) -> np.ndarray:
+    """A tensor [out, in] of (one layer of) a weight that shares its module with no other -> ours, of this shape."""
+    return (tensor.T if name.endswith(".kernel") else tensor).reshape(shape)
 
 
 def to_theirs(name: str, axes: tuple[str, ...], weight: np.ndarray) -> list[np.ndarray]:
-    """Our weight, if it shares its module with no other -> tensors [out, in]; the inverse of :func:`to_ours`."""
+    """Our weight, if it shares its module with no other -> tensors [out, in], one for each layer (or one in all)."""
     layers = list(weight) if axes[0] == STACKED else [weight]
     shape = hf_shape(name, axes, weight.shape)
     if name.endswith(".kernel"):

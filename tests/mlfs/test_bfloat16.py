@@ -7,7 +7,9 @@ import optax
 import pytest
 
 import mlfs_jax as mlfs
+from mlfs_jax.data.encode import Encoded
 from mlfs_jax.distill import DistillConfig, init_projection
+from mlfs_jax.evaluate import evaluate, predict
 from mlfs_jax.model import forward
 from mlfs_jax.supernet import Supernet
 from tests.mlfs.tiny import (
@@ -85,3 +87,25 @@ def test_a_step_on_a_bfloat16_base_moves_float32_adapters_the_same_way(make, exe
     (change, losses), (exact, expected) = moved(half.base), moved(half.astype(jnp.float32).base)
     np.testing.assert_allclose(losses, expected, rtol=0.03)
     assert change @ exact / np.linalg.norm(change) / np.linalg.norm(exact) > 0.99
+
+
+def test_a_bfloat16_classifier_is_evaluated_in_float32():
+    model, rng, n = tiny_model(labels=2), np.random.default_rng(0), 2000
+    ids, offsets = rng.integers(4, model.config.vocab_size, 4 * n), np.arange(n + 1) * 4
+    encoded = Encoded(ids.astype(np.int32), None, offsets, rng.integers(0, 2, n).astype(np.int32), 0, 4)
+    half = model.astype(jnp.bfloat16)
+    scores = [evaluate(m, encoded, "accuracy", batch_size=500) for m in (half, half.astype(jnp.float32))]
+    assert scores[0]["loss"] == pytest.approx(scores[1]["loss"], rel=0.02)
+    assert predict(half, encoded.subset(4))[0].dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("make", "make_lora", "inputs"),
+    [(lambda: tiny_decoder("llama"), random_lora, tiny_tokens), (tiny_model, tiny_lora, tiny_batch)],
+    ids=["decoder", "encoder"],
+)
+def test_merging_a_float32_adapter_keeps_the_type_of_the_base(make, make_lora, inputs):
+    half = make().astype(jnp.bfloat16)
+    merged = mlfs.merge_lora(half.base, make_lora(half))
+    assert {leaf.dtype for leaf in jax.tree.leaves(merged)} == {jnp.dtype(jnp.bfloat16)}
+    assert jnp.isfinite(forward(half.graphdef, merged, inputs(half.config)).logits).all()

@@ -160,6 +160,7 @@ BAD_FILES = {
     "missing text": ("d.jsonl", "\n" + '{"sentence": "a", "label": 1}\n', r"line 2: no field 'text'"),
     "empty text": ("d.jsonl", GOOD + '{"text": " ", "label": "no"}\n', r"line 5: text is ' '"),
     "text no string": ("d.jsonl", GOOD + '{"text": 3, "label": "no"}\n', r"line 5: text is 3"),
+    "half a pair": ("d.jsonl", GOOD + '{"text": "a \\ud800 b", "label": "no"}\n', r"line 5: \\ud800 is half of"),
     "label a list": ("d.jsonl", GOOD + '{"text": "a", "label": [1]}\n', r"line 5: label is \[1\]"),
     "label NaN": ("d.jsonl", GOOD + '{"text": "a", "label": NaN}\n', r"line 5: label is nan"),
     "mixed labels": ("d.jsonl", GOOD + '{"text": "a", "label": 1}\n', r"line 5: label 1, but line 1 has 'no'"),

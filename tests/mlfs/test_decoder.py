@@ -98,6 +98,16 @@ def test_alibi_slopes_of_heads_that_are_no_power_of_two():
         ({"windows": (3,)}, "windows has 1 entries"),
         ({"norm": "batch"}, "norm = 'batch'"),
         ({"parallel": True, "norm_at": "output"}, "only 'pre' is built"),
+        ({"activation": "gelu_fast"}, "activation = 'gelu_fast': expected one of gelu,"),
+        ({"shared_norm": True}, "shared_norm = True with parallel = False"),
+        ({"windows": (4, -1, 0)}, r"windows = \(4, -1, 0\)"),
+        ({"rope": mlfs.Rope(1e4, 8)}, "rope dim = 8: expected at most the 6 channels"),
+        ({"local_rope": mlfs.Rope(1e4, 4)}, "rope dim = 6, of local_rope 4"),
+        ({"latent": mlfs.Latent(8, 8, 4, 2, 4)}, "rope dim = 6: expected at most the 2 channels"),
+        (
+            {"latent": mlfs.Latent(8, 8, 4, 2, 4), "rope": None, "positions": "learned"},
+            "rope = None with Latent",
+        ),
     ],
 )
 def test_a_config_that_cannot_be_built_says_why(change, says):

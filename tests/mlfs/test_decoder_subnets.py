@@ -12,7 +12,8 @@ from mlfs_jax.importance import block_influence, importance_order, measure_impor
 from mlfs_jax.model import forward
 from mlfs_jax.subnet import num_params
 from mlfs_jax.supernet import Supernet
-from tests.mlfs.tiny import DECODERS, random_lora, tiny_decoder, tiny_tokens
+from mlfs_jax.timing import count_flops
+from tests.mlfs.tiny import DECODERS, random_lora, tiny_batch, tiny_decoder, tiny_model, tiny_tokens
 
 TOLERANCE = 1e-4  # fp32 logits
 
@@ -33,6 +34,14 @@ def test_masked_equals_sliced(kind):
     np.testing.assert_allclose(sliced.taps, np.asarray(masked.taps)[[0, 2], ..., :13], atol=TOLERANCE)
     assert not masked.taps[..., 13:].any() and not masked.hidden[..., 13:].any()
     assert small.num_params == num_params(model.config, subnet, embeddings=True) or len({*subnet.heads}) > 1
+
+
+def test_a_subnet_without_a_windowed_layer_has_the_rotation_of_the_others():
+    model, subnet = tiny_decoder("gemma3"), mlfs.Subnet(24, (4,), (20,), (1,))  # layers 0 and 2 have a window
+    batch, small = tiny_tokens(model.config), mlfs.slice_subnet(model, subnet)
+    masked = forward(model.graphdef, model.base, batch, mask=mlfs.make_mask(model.config, subnet))
+    np.testing.assert_allclose(forward(small.graphdef, small.base, batch).logits, masked.logits, atol=TOLERANCE)
+    assert count_flops(small.config.replace(layers=3, windows=(0, 4, 4)), 8) > count_flops(small.config, 8)
 
 
 @pytest.mark.parametrize("kind", ["llama", "mqa-learned", "olmo2", "bloom", "mla", "phi"])
@@ -69,9 +78,10 @@ def test_a_norm_over_all_heads_needs_the_same_heads_in_every_layer():
         mlfs.slice_subnet(tiny_decoder("olmo2"), SUBNETS[None])
 
 
-def test_block_influence_is_one_minus_the_cosine():
-    model = tiny_decoder("llama")
-    batch = tiny_tokens(model.config)
+@pytest.mark.parametrize("make", [tiny_decoder, tiny_model], ids=["decoder", "encoder"])
+def test_block_influence_is_one_minus_the_cosine(make):
+    model = make()
+    batch = (tiny_tokens if model.config.head == "lm" else tiny_batch)(model.config)
     out = forward(model.graphdef, model.base, batch, taps=True)
     stream = np.concatenate([out.embedded[None], out.taps])
     real = np.asarray(batch["attention_mask"], bool)

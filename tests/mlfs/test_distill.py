@@ -13,6 +13,7 @@ from mlfs_jax.distill import (
     init_projection,
     jsd,
     kl,
+    logit_loss,
     reverse_kl,
     task_loss,
     teacher_layers,
@@ -58,6 +59,11 @@ def test_task_losses():
     np.testing.assert_allclose(
         task_loss(STUDENT[:, :1], scores, "regression"), np.mean((STUDENT[:, 0] - scores) ** 2), rtol=1e-5
     )
+    half = [jnp.asarray(x[:, :1], jnp.bfloat16) for x in (TEACHER, STUDENT)]
+    found = logit_loss(*half, DistillConfig(), "regression")
+    teacher, student = (np.asarray(x, np.float32) for x in half)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, np.mean((teacher - student) ** 2), rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,7 @@ def test_draws_follow_the_distribution():
 
 def test_sampling_is_decided_by_its_seed(model):
     config = GenerateConfig(max_new_tokens=9, temperature=1.5, top_k=30, top_p=0.95, stop_tokens=())
-    first, again, other = (generate(model, PROMPTS, config, key=key) for key in (0, jax.random.key(0), 1))
+    first, again, other = (generate(model, PROMPTS, config, key=key) for key in (np.int64(0), jax.random.key(0), 1))
     assert first.tokens == again.tokens != other.tokens
     likeliest = generate(model, PROMPTS, GenerateConfig(9, temperature=1.5, top_k=1, stop_tokens=()))
     assert likeliest.tokens == generate(model, PROMPTS, SHORT).tokens

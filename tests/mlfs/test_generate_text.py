@@ -59,6 +59,15 @@ def test_text_is_what_the_tokens_say(model):
     assert "".join(stream_text(model, PROMPT, config)).strip() == spelt(expected)
 
 
+def test_a_tokenizer_without_the_letter_a(model, tmp_path):
+    """Its beginning-of-text token is found by encoding an "a"."""
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.BPE({"b": 5, "c": 6}, [])).save(str(tmp_path / "tokenizer.json"))
+    config = GenerateConfig(2, stop_tokens=())
+    assert len(generate_text(model.replace(source=tmp_path), ["bcb"], config)) == 1
+
+
 def test_a_chat_template_makes_the_prompt_where_it_is_asked_for(model, tmp_path):
     config = GenerateConfig(9, stop_tokens=())
     expected = generate(model, [[3, 7, 8, 9, 10, 4]], config).tokens[0]
@@ -117,4 +126,4 @@ def test_the_command_says_what_is_wrong(folder, capsys, flags, says):
 
 def test_an_encoder_does_not_generate(tiny_hf, capsys):
     assert main(["generate", "--model", str(tiny_hf), "--prompt", "good"]) == 2
-    assert "only decoders generate" in capsys.readouterr().err
+    assert "a decoder is needed here" in capsys.readouterr().err

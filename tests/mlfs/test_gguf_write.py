@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mlfs_jax import published
 from mlfs_jax.backbone.tree import flatten
 from mlfs_jax.config import Rope
 from mlfs_jax.errors import CheckpointError, ConfigError, RunError
@@ -14,7 +15,9 @@ from mlfs_jax.hf.gguf_file import open_gguf
 from mlfs_jax.hf.gguf_tokenizer import PRE_TOKENIZERS
 from mlfs_jax.hf.gguf_write import export_gguf
 from mlfs_jax.hf.load import from_pretrained
+from mlfs_jax.info import describe
 from mlfs_jax.model import build, forward
+from mlfs_jax.registry import MANIFEST, get_entry
 from mlfs_jax.slicing import slice_subnet
 from mlfs_jax.subnet import Subnet
 from tests.mlfs.gguf_files import CHAT, byte_level_tokenizer, decode_block
@@ -70,6 +73,19 @@ def test_f32_comes_back_equal(changes, tokenizer, tmp_path):
     meta = open_gguf(tmp_path / "m.gguf").metadata
     assert (meta["general.name"], meta["general.file_type"], meta["general.type"]) == ("tiny", 0, "model")
     json.dumps(report.to_json())
+
+
+def test_a_gguf_of_the_catalogue_is_planned_and_described(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFS_CACHE", str(tmp_path))
+    entry, model = get_entry("smollm2-135m"), tiny_llama(tokenizer)
+    entry.cached.mkdir()
+    file = entry.cached / entry.files[0]
+    export_gguf(model, file, "f32", name="tiny")
+    manifest = {"sha256": entry.sha256, "files": {file.name: {"size": file.stat().st_size}}}
+    (entry.cached / MANIFEST).write_text(json.dumps(manifest))
+    assert published.config_of(entry.name) == published.config_of(str(file)) == model.config
+    described = describe(entry.name)
+    assert described["parameters"]["total"] == model.num_params and described["config"]["layers"] == 3
 
 
 def test_every_dtype(tokenizer, tmp_path):

@@ -85,6 +85,8 @@ def test_old_spellings_read_as_transformers_reads_them(hf):
         ("llama", {"hidden_act": "quick_gelu"}, "hidden_act = 'quick_gelu'"),
         ("gemma2", {"hidden_activation": "laplace"}, "hidden_activation = 'laplace'"),
         ("llama", {"num_attention_heads": 5}, "hidden_size = 24 is not a multiple of num_attention_heads = 5"),
+        ("llama", {"num_attention_heads": 0}, "num_attention_heads = 0"),
+        ("llama", {"hidden_size": "24"}, "hidden_size = '24'"),
         ("llama", {"num_attention_heads": 4, "num_key_value_heads": 3}, "kv_heads = 3"),
         ("llama", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config.*dequantised"),
         ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),

@@ -316,6 +316,8 @@ def test_files_that_are_not_there_or_not_whole(bert, tmp_path):
         ({"pruned_heads": {"0": [1]}}, "pruned_heads"),
         ({"hidden_act": "quick_gelu"}, "hidden_act"),
         ({"num_attention_heads": 7}, "not a multiple"),
+        ({"num_attention_heads": 0}, "num_attention_heads = 0"),
+        ({"hidden_size": "12"}, "hidden_size = '12'"),
         ({"architectures": ["BertForNextSentencePrediction"]}, "BertForNextSentencePrediction"),
         ({"architectures": None}, "head="),
         ({"problem_type": "multi_label_classification"}, "multi_label"),

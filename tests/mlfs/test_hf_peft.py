@@ -7,18 +7,25 @@ import pytest
 from mlfs_jax import init_lora
 from mlfs_jax.errors import ConfigError, RunError
 from mlfs_jax.hf.card import AUTO
+from mlfs_jax.hf.configs import from_hf
 from mlfs_jax.hf.load import load_checkpoint
 from mlfs_jax.hf.peft import export_peft
-from mlfs_jax.lora import lora_sites, stack_stages
+from mlfs_jax.lora import lora_sites, merge_lora, stack_stages
+from mlfs_jax.model import init_model
 from tests.mlfs.hf_oracle import (
     TOLERANCE,
+    assert_equal_decoders,
     batch_for,
+    decoder_batch,
     random_config,
     random_torch_model,
     run,
+    torch_decoder,
+    torch_logits,
     torch_outputs,
     transformers,
 )
+from tests.mlfs.test_hf_decoder_export import GPT2, SIZES
 
 peft = pytest.importorskip("peft")
 
@@ -80,6 +87,35 @@ def test_peft_gives_the_same_logits(family, own, head, load_base, tmp_path):
     assert report.rank == 5 and len(report.target_modules) == len(lora_sites(model))
     if (family, head) == ("bert", "sequence"):
         assert report.modules_to_save == ("bert.pooler.dense", "classifier")
+
+
+def test_a_language_model_gives_the_same_logits(tmp_path):
+    torch_decoder("llama", SIZES).save_pretrained(tmp_path / "base")
+    model, _ = load_checkpoint(tmp_path / "base")
+    lora = randomised(init_lora(jax.random.key(0), model, rank=3), 1)
+    export_peft(model, lora, tmp_path / "adapter", base_model_name=str(tmp_path / "base"))
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
+    theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
+    assert theirs.peft_config["default"].task_type == "CAUSAL_LM"
+    batch = decoder_batch(np.random.default_rng(0), model.config.vocab_size)
+    assert_equal_decoders(model.replace(base=merge_lora(model.base, lora)), theirs, batch)
+    assert np.abs(np.asarray(run(model, batch).logits) - torch_logits(theirs, batch)).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("family", "entries", "site", "says"),
+    [
+        ("phi3", SIZES, "layers.q", r"layers\.q has no module of its own in phi3.*qkv_proj"),
+        ("phi3", SIZES, "layers.up", r"gate_up_proj"),
+        ("gpt2", GPT2, "layers.k", r"c_attn holds several"),
+        ("gpt2", GPT2, "layers.down", r"gpt2 stores layers\.down as \[in, out\]"),
+    ],
+)
+def test_joined_and_turned_projections_are_refused(family, entries, site, says, tmp_path):
+    model = init_model(from_hf({"model_type": family, "pad_token_id": 0} | entries, head="lm"), jax.random.key(0))
+    with pytest.raises(ConfigError, match=says):
+        export_peft(model, init_lora(jax.random.key(0), model, sites=[site]), tmp_path / "x", base_model_name="base")
+    assert not (tmp_path / "x").exists()
 
 
 def test_norms_trained_whole_and_an_untrained_head(load_base, tmp_path):

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 import mlfs_jax as mlfs
-from mlfs_jax.backbone.layers import gelu
+from mlfs_jax.backbone.layers import ACTIVATIONS, gelu
 from mlfs_jax.backbone.tree import flatten
+from mlfs_jax.config import ACTIVATIONS as NAMES
 from mlfs_jax.errors import CheckpointError, ConfigError
 from mlfs_jax.model import abstract, build, forward, init_weights
-from tests.mlfs.tiny import FAMILIES, tiny_batch, tiny_config, tiny_lora, tiny_model
+from tests.mlfs.tiny import FAMILIES, tiny_batch, tiny_config, tiny_decoder, tiny_lora, tiny_model
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -43,6 +44,38 @@ def test_padding_does_not_leak_into_real_tokens():
     garbage = batch | {"input_ids": jnp.where(batch["attention_mask"] == 1, batch["input_ids"], 7)}
     ours, theirs = (forward(model.graphdef, model.base, b).logits for b in (batch, garbage))
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_without_a_mask_all_tokens_are_real():
+    model = tiny_model()
+    batch = tiny_batch(model.config) | {"attention_mask": jnp.ones((3, 8), int)}
+    bare = {name: value for name, value in batch.items() if name != "attention_mask"}
+    ours, theirs = (forward(model.graphdef, model.base, b).logits for b in (bare, batch))
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "room"),
+    [
+        (tiny_model, "bert", 24),
+        (tiny_model, "roberta", 22),
+        (tiny_decoder, "mqa-learned", 24),
+        (tiny_decoder, "opt-350m", 24),
+    ],
+)
+def test_a_text_beyond_the_table_of_positions_is_refused(make, kind, room):
+    model = make(kind)
+    for length in (room, room + 1):
+        batch = {"input_ids": jnp.full((1, length), 5)}
+        if length == room:
+            assert jnp.isfinite(forward(model.graphdef, model.base, batch).hidden).all()
+        else:
+            with pytest.raises(ConfigError, match=f"{room + 1} tokens.*positions for {room}"):
+                forward(model.graphdef, model.base, batch)
+
+
+def test_every_activation_that_a_config_may_have_is_built():
+    assert set(ACTIVATIONS) == set(NAMES)
 
 
 def test_gelu_and_its_gradient_are_exact():
@@ -89,6 +122,8 @@ def test_build_is_strict():
         ({"labels": 0}, "labels = 0"),
         ({"problem": "ranking"}, "problem = 'ranking'"),
         ({"pooler": True}, "only head 'none'"),
+        ({"activation": "nope"}, "activation = 'nope': expected one of gelu,"),
+        ({"head_activation": "nope"}, "head_activation = 'nope'"),
     ],
 )
 def test_configs_refuse_what_cannot_be_built(changes, message):

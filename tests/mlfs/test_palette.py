@@ -76,6 +76,9 @@ def test_wrong_requests(fitted):
         measure(fitted, {"odd": Subnet(24, (4, 4), (19, 19), (0, 1))})
     with pytest.raises(ConfigError, match="batch_sizes"):
         measure(fitted, batch_sizes=(0,))
+    for length in (0, -5, 1000):
+        with pytest.raises(ConfigError, match=rf"length = {length}: expected 2 to 24"):
+            measure(fitted, length=length)
 
 
 def test_files(fitted, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 
 from mlfs_jax.backbone.tree import flatten
 from mlfs_jax.cli import main
-from mlfs_jax.errors import ConfigError, UnknownNameError
+from mlfs_jax.errors import CheckpointError, ConfigError, UnknownNameError
 from mlfs_jax.fit_config import FitConfig
 from mlfs_jax.hf.configs import to_hf
 from mlfs_jax.hlo import Collective, Cost, cost_of
@@ -132,8 +132,15 @@ def test_what_cannot_be_planned_says_why(tmp_path):
     with pytest.raises(UnknownNameError, match="did you mean 'llama'"):
         config_of(str(tmp_path))
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ConfigError, match="GGUF"):
+    with pytest.raises(CheckpointError, match="cut short"):
         config_of(str(tmp_path / "model.gguf"))
+
+
+def test_a_config_of_another_name_is_the_one_that_is_read(tmp_path):
+    for name, layers in (("config.json", 3), ("other.json", 5)):
+        (tmp_path / name).write_text(json.dumps(SHAPES["bert-base"] | {"num_hidden_layers": layers}))
+    assert config_of(str(tmp_path / "other.json")).layers == 5
+    assert config_of(str(tmp_path)).layers == 3
 
 
 @pytest.mark.parametrize(("text", "size"), [("80GiB", 80 * 2**30), ("16 gb", 16 * 10**9), ("1.5MiB", 3 * 2**19)])

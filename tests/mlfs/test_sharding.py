@@ -84,6 +84,7 @@ def test_what_does_not_divide_stays_whole():
         ("fdsp=2", UnknownNameError, "did you mean 'fsdp'"),
         ("data=x", ConfigError, "data = 'x'"),
         ("data=0", ConfigError, "data = '0'"),
+        ("data=²", ConfigError, "data = '²'"),
     ],
 )
 def test_a_mesh_that_cannot_be_says_why(spec, error, says):

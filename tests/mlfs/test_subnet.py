@@ -99,11 +99,17 @@ def test_layer_choices():
         ("heads=2,mlp=20", "vary together"),
         ("depth=7", r"depth = 7 is not in this space: choose from \(3, 2, 1\)"),
         ("mlp=much", "whole number after mlp="),
+        ("depth=²", "whole number after depth="),
     ],
 )
 def test_sizes_outside_the_space(name, message):
     with pytest.raises(SubnetError, match=message):
         space().named(name)
+
+
+def test_lists_and_seeds_of_other_types_are_understood():
+    assert Subnet(24, [4, 4], [20, 20], [0, 1]) == Subnet(24, (4, 4), (20, 20), (0, 1))
+    assert space().sample(np.int64(3)) == space().sample(3) == space().sample(jax.random.key(3))
 
 
 def test_other_mistakes():

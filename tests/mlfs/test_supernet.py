@@ -100,6 +100,7 @@ def test_sandwich_rule():
             assert all(choices.check(subnet) == subnet for subnet in others)
     few = mlfs.SubnetSpace(tiny_config(), depth=(3, 2))
     assert depths.subnets(few, jax.random.key(0)) == (few.minnet,)
+    assert widths.subnets(few, jax.random.key(0)) == ()  # at full depth there is the maxnet alone
 
 
 def test_settings_of_all_stages_or_of_each():
@@ -164,3 +165,6 @@ def test_regression_step():
 def test_mistakes_are_named():
     with pytest.raises(ConfigError, match="'mlm' head"):
         Supernet(tiny_config(head="mlm"), DISTILL, optax.sgd(1.0))
+    for rate in (float("nan"), float("inf"), 0.0):
+        with pytest.raises(ConfigError, match="positive, finite learning_rate"):
+            mlfs.paper_stages((1,), rate)

@@ -1,6 +1,7 @@
 """fit: resumable to the bit, honest about mistakes, and what it leaves in the folder."""
 
 import dataclasses
+import json
 import os
 import signal
 
@@ -12,7 +13,7 @@ from rich.console import Console
 import mlfs_jax as mlfs
 from mlfs_jax.errors import ConfigError, DataError, RunError, UnknownNameError
 from mlfs_jax.evaluate import evaluate
-from mlfs_jax.lora import load_lora
+from mlfs_jax.lora import load_lora, save_lora
 from mlfs_jax.run import Run
 from mlfs_jax.supernet import Supernet
 from tests.mlfs.tiny import tiny_model
@@ -153,6 +154,82 @@ def test_a_folder_belongs_to_one_run(config, tmp_path):
         mlfs.load_run(tmp_path / "nowhere", finished=True)
 
 
+def edit(file, change):
+    value = json.loads(file.read_text())
+    change(value)
+    file.write_text(json.dumps(value))
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def of_rank_and_width(file):
+    lora = load_lora(file)
+    lora["layers.up"]["a"] = lora["layers.up"]["a"][:, :-1]
+    save_lora(file, lora)
+
+
+@pytest.mark.parametrize(
+    ("file", "harm", "says"),
+    [
+        ("run.json", lambda f: edit(f, lambda i: i["config"].update(newer=1)), "'newer'.*of another program, or of"),
+        ("run.json", lambda f: edit(f, lambda i: i["config"].pop("distill")), "'distill'"),
+        (
+            "run.json",
+            lambda f: edit(f, lambda i: i.update(kind="spa fit")),
+            "a run of spa fit: expected one of mlfs fit",
+        ),
+        ("task.json", lambda f: f.write_text("{}"), "task.json is damaged"),
+        ("order.json", lambda f: f.write_text("{}"), "order.json is damaged"),
+        ("head.safetensors", lambda f: f.unlink(), "head.safetensors is missing or damaged"),
+        ("adapters/stage2.safetensors", cut, "stage2.safetensors is missing or damaged"),
+        (
+            "adapters/stage1.safetensors",
+            of_rank_and_width,
+            r"stage1.*has changed: layers\.up/a has shape .*23, 4.*24, 4",
+        ),
+    ],
+)
+def test_a_folder_that_is_no_whole_run_says_why(tiny_run, file, harm, says):
+    mlfs.load_run(tiny_run)
+    harm(tiny_run / file)
+    with pytest.raises(RunError, match=says):
+        mlfs.load_run(tiny_run)
+
+
+def test_a_run_needs_no_data_and_knows_when_they_have_changed(tiny_run, mood_task, tmp_path):
+    data, whole = tmp_path / "mood.jsonl", mood_task.read_text()
+    edit(tiny_run / "run.json", lambda info: info["config"].update(task=str(data)))
+    data.write_text(whole)
+    assert mlfs.load_run(tiny_run).load_data().keys() == {"train", "validation", "test"}
+
+    data.write_text(whole.replace('"up"', '"above"'))  # sorted, the two labels change places
+    fitted = mlfs.load_run(tiny_run, finished=True)
+    assert fitted.task.labels == ("down", "up")
+    with pytest.raises(RunError, match="labels above, down instead of down, up"):
+        mlfs.measure(fitted, ["maxnet"], seconds=0)
+    data.write_text(whole + '{"text": "the film was a lovely one", "label": "up"}\n')
+    with pytest.raises(RunError, match=r"mood\.jsonl are not those that the run was trained on \(other examples\)"):
+        mlfs.load_run(tiny_run).load_data()
+
+    data.unlink()
+    mlfs.export_subnet(mlfs.load_run(tiny_run), "minnet", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["id2label"] == {"0": "down", "1": "up"}
+    assert str(tmp_path) not in (tmp_path / "out" / "mlfs.json").read_text()
+    with pytest.raises(DataError, match=r"mood\.jsonl"):
+        mlfs.load_run(tiny_run).load_data()
+    (tiny_run / "task.json").unlink()  # a run of old: the data say what the task is
+    with pytest.raises(DataError, match=r"mood\.jsonl"):
+        mlfs.load_run(tiny_run)
+
+
+def test_an_export_does_not_take_the_place_of_the_base(tiny_run, tmp_path):
+    fitted = mlfs.load_run(tiny_run)
+    with pytest.raises(RunError, match="is the model that this one is made from"):
+        mlfs.export_subnet(fitted, "minnet", fitted.model.source)
+
+
 def test_mistakes_are_named_before_anything_is_written(config, tmp_path):
     def fit(**changes):
         return mlfs.fit(dataclasses.replace(config, **changes), tmp_path / "run", console=QUIET)
@@ -167,6 +244,8 @@ def test_mistakes_are_named_before_anything_is_written(config, tmp_path):
         fit(save_every=0)
     with pytest.raises(ConfigError, match="execution = 'quick'"):
         fit(execution="quick")
+    with pytest.raises(ConfigError, match="max_length is 0; expected 4 to"):
+        fit(max_length=0)
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
     with pytest.raises(DataError, match="empty"):
