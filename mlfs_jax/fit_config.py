@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
@@ -11,12 +12,13 @@ from jax.sharding import Mesh
 from mlfs_jax.config import Config
 from mlfs_jax.data.batches import BUCKETS
 from mlfs_jax.data.encode import Encoded, load_task
-from mlfs_jax.data.tasks import Task, get_task
+from mlfs_jax.data.tasks import Task, get_task, task_names
 from mlfs_jax.distill import DistillConfig
 from mlfs_jax.errors import ConfigError
 from mlfs_jax.hf.load import from_pretrained
 from mlfs_jax.importance import Order
 from mlfs_jax.model import Model
+from mlfs_jax.registry import ENTRIES
 from mlfs_jax.sharding import sharding_of
 from mlfs_jax.stages import Stage, paper_stages
 from mlfs_jax.subnet import SubnetSpace
@@ -135,3 +137,9 @@ class FitConfig:
     def load_data(self, task: Task, model: Model) -> dict[str, Encoded]:
         """The task, encoded by the tokenizer in the model's folder."""
         return load_task(task, model.source, max_length=self.max_length, limit=self.limit)
+
+
+def from_anywhere(name: str) -> str:
+    """A local path in full, so that the run folder opens from anywhere; another name as it is."""
+    known, path = {*task_names(), *(entry.name for entry in ENTRIES)}, Path(name).expanduser()
+    return str(path.absolute()) if name not in known and path.exists() else name

@@ -103,19 +103,23 @@ class Run:
         return cls(path, info, lock=lock, resumed=resumed)
 
     @classmethod
-    def open(cls, path: str | os.PathLike, *, finished: bool = False) -> "Run":
+    def open(cls, path: str | os.PathLike, *, finished: bool = False, kinds: tuple[str, ...] = ()) -> "Run":
         """Opens a run to read it, also while another process trains in it.
 
         Args:
           finished: refuse a run that has not come to its end.
+          kinds: refuse a run that something else has made, if it says so; empty: take any.
 
         Raises:
-          RunError: there is no such folder, it holds no run, or (with `finished`) the run has no result yet.
+          RunError: there is no such folder, it holds no run, one of another kind, or (with `finished`) one without a
+            result.
         """
         path = Path(path).absolute()
         if not path.is_dir():
             raise RunError(f"there is no run folder {path}: give the folder that `mlfs fit --out` wrote")
         run = cls(path, _read_info(path), lock=None, resumed=True)
+        if kinds and run.kind not in (None, *kinds):
+            raise RunError(f"{path} is a run of `{run.kind}`: expected one of `{'` or `'.join(kinds)}`.")
         if finished and not run.finished:
             raise RunError(f"the run in {path} is not finished: run the same `mlfs fit` again to continue it")
         return run

@@ -26,17 +26,16 @@ from mlfs_jax.backbone.tree import flatten, map_named
 from mlfs_jax.checkpoint import Checkpoints
 from mlfs_jax.data.batches import Batches
 from mlfs_jax.data.encode import Encoded, fingerprint
-from mlfs_jax.data.tasks import Examples, Task, task_names
+from mlfs_jax.data.tasks import Examples, Task
 from mlfs_jax.distill import DistillConfig, init_projection, task_loss
 from mlfs_jax.errors import MLFSError, RunError
 from mlfs_jax.evaluate import evaluate
-from mlfs_jax.fit_config import FitConfig
+from mlfs_jax.fit_config import FitConfig, from_anywhere
 from mlfs_jax.hosts import decided, is_writer, same_everywhere, several
 from mlfs_jax.importance import Order, block_influence, importance_order, measure_importance, reorder, reorder_lora
 from mlfs_jax.lora import Lora, init_lora, load_lora, merge_lora, misfit, save_lora, stack_stages
 from mlfs_jax.model import Model, cast_base, forward
 from mlfs_jax.preemption import Preemption, preemption
-from mlfs_jax.registry import ENTRIES
 from mlfs_jax.run import Run
 from mlfs_jax.sharding import feed, make_mesh, put, shard_base, shard_lora
 from mlfs_jax.slicing import slice_subnet
@@ -104,9 +103,7 @@ def load_run(path: str | Path, *, finished: bool = False, mesh: Mesh | None = No
     Raises:
         RunError: there is none, it is of another kind or damaged, or (with ``finished``) it has not come to its end.
     """
-    run = Run.open(path, finished=finished)
-    if run.kind not in (None, KIND):
-        raise RunError(f"{run.path} is a run of {run.kind}: expected one of {KIND}.")
+    run = Run.open(path, finished=finished, kinds=(KIND,))
     try:
         saved = {name: value for name, value in run.config.items() if name != "data"}
         saved["distill"] = DistillConfig(**saved["distill"])
@@ -177,12 +174,6 @@ def _assemble(run: Run, config: FitConfig, task: Task, model: Model) -> Fitted:
     return Fitted(config, task, model, stages, order, run.config.get("data") if known else None)
 
 
-def _from_anywhere(name: str) -> str:
-    """A local path in full, so that the run folder opens from anywhere; another name as it is."""
-    known, path = {*task_names(), *(entry.name for entry in ENTRIES)}, Path(name).expanduser()
-    return str(path.absolute()) if name not in known and path.exists() else name
-
-
 def _save_head(run: Run, model: Model) -> None:
     """Keep the weights that a new head started from: the adapters of the run are changes to them."""
     head: Lora = {}
@@ -215,7 +206,7 @@ def fit(
     console = console or Console(quiet=not is_writer())
     if mesh is None and several():
         mesh = make_mesh(f"data={jax.device_count()}")
-    config = dataclasses.replace(config, model=_from_anywhere(config.model), task=_from_anywhere(config.task))
+    config = dataclasses.replace(config, model=from_anywhere(config.model), task=from_anywhere(config.task))
     task = config.get_task()
     model = config.load_model(task, mesh)
     data = config.load_data(task, model)

@@ -31,6 +31,7 @@ from mlfs_jax.data.batches import BUCKETS, Batches
 from mlfs_jax.data.encode import Encoded, fingerprint
 from mlfs_jax.distill import DistillConfig
 from mlfs_jax.errors import ConfigError
+from mlfs_jax.fit_config import from_anywhere
 from mlfs_jax.lora import init_lora, merge_lora
 from mlfs_jax.model import Model, abstract, forward
 from mlfs_jax.preemption import preemption
@@ -39,7 +40,7 @@ from mlfs_jax.stages import Stage
 from mlfs_jax.supernet import TrainState
 from mlfs_jax.vocab import Hidden, lm_distill_loss, lm_loss
 from spa_jax.adapters import adapted, count_adapters, init_adapters
-from spa_jax.config import FitConfig, from_anywhere
+from spa_jax.config import BASELINE, FitConfig
 from spa_jax.loop import train_loop
 from spa_jax.side import SideConfig, abstract_net
 
@@ -210,7 +211,7 @@ def fit_baseline(
     data = shared.load_data(task, model)
     model = quantise(model, config.base_bits)
     saved = {**dataclasses.asdict(config), "data": fingerprint(data)}
-    with preemption() as stop, Run.create_or_resume(out, saved) as run:
+    with preemption() as stop, Run.create_or_resume(out, saved, kind=BASELINE) as run:
         if run.finished or not config.trains:
             if not run.finished:
                 run.finish(params=0)
@@ -262,7 +263,7 @@ def _assemble(config: BaselineConfig, model: Model, train: Encoded, run: Run) ->
 
 def load_baseline(path: str | Path, *, model: Model | None = None) -> Baseline:
     """Open a finished baseline run; ``model`` is the base, if it is loaded already."""
-    run = Run.open(path, finished=True)
+    run = Run.open(path, finished=True, kinds=(BASELINE,))
     saved = {name: value for name, value in run.config.items() if name != "data"}
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
     config = BaselineConfig(**fields)

@@ -15,17 +15,19 @@ from jax.sharding import Mesh
 
 from mlfs_jax.data.batches import BUCKETS
 from mlfs_jax.data.encode import Encoded, load_task
-from mlfs_jax.data.tasks import Task, get_task, task_names
+from mlfs_jax.data.tasks import Task, get_task
 from mlfs_jax.errors import ConfigError
+from mlfs_jax.fit_config import from_anywhere
 from mlfs_jax.hf.load import from_pretrained
 from mlfs_jax.model import Model
-from mlfs_jax.registry import ENTRIES
 from mlfs_jax.sharding import sharding_of
 from mlfs_jax.stages import Stage
 from spa_jax.gate_fit import GateConfig
 from spa_jax.seam import Setting
 from spa_jax.side import SideConfig
 
+FIT, BASELINE = "spa fit", "spa baseline"
+"""What a run folder says it is of."""
 STARTS = ("sliced", "random")
 TAPS = ("off", "ram", "disk")
 
@@ -146,9 +148,3 @@ def from_json(saved: Mapping) -> FitConfig:
     """A FitConfig after a trip through JSON (run.json)."""
     fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
     return FitConfig(**fields | {"side": SideConfig(**fields["side"]), "gate": GateConfig(**fields["gate"])})
-
-
-def from_anywhere(name: str) -> str:
-    """A local path in full; another name as it is."""
-    known, path = {*task_names(), *(entry.name for entry in ENTRIES)}, Path(name).expanduser()
-    return str(path.absolute()) if name not in known and path.exists() else name

@@ -17,6 +17,7 @@ from mlfs_jax.metrics import rouge
 from mlfs_jax.model import Model
 from mlfs_jax.run import Run
 from spa_jax.baselines import Baseline, load_baseline
+from spa_jax.config import BASELINE, FIT
 from spa_jax.decode import generate, rates
 from spa_jax.plugin import Plugin
 from spa_jax.seam import Setting
@@ -118,7 +119,7 @@ def evaluate_run(
     Raises:
         RunError: no finished run. ConfigError: a usage outside [0, 1], or of a setting without a gate.
     """
-    if "method" in Run.open(path, finished=True).config:
+    if "method" in Run.open(path, finished=True, kinds=(FIT, BASELINE)).config:
         if usage is not None or setting is not None:
             raise ConfigError("usage and setting are of side networks; this run is a baseline.")
         baseline = load_baseline(path)

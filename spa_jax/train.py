@@ -39,7 +39,7 @@ from mlfs_jax.run import Run
 from mlfs_jax.sharding import feed, mesh_of, replicated, shard_base, state_shardings
 from mlfs_jax.supernet import TrainState
 from mlfs_jax.vocab import CHUNK, Hidden, lm_loss
-from spa_jax.config import FitConfig, from_json
+from spa_jax.config import FIT, FitConfig, from_json
 from spa_jax.decode import rates
 from spa_jax.gate import ALWAYS, calibration_curve, choose_threshold
 from spa_jax.gate_fit import fit_gate
@@ -122,7 +122,7 @@ def load_run(path: str | Path, *, model: Model | None = None) -> Fitted:
     Raises:
         RunError: there is no finished run. PluginError: the plugin does not fit the base.
     """
-    run = Run.open(path, finished=True)
+    run = Run.open(path, finished=True, kinds=(FIT,))
     config = from_json({name: value for name, value in run.config.items() if name != "data"})
     model = model or config.load_model()
     plugin = load_plugin(run.path).check(model.decoder, model.base, model.source)
@@ -162,7 +162,7 @@ def fit(
     if not len(for_side):
         raise ConfigError(f"{len(data['train'])} training examples leave none for the side network: give more.")
     saved = {**dataclasses.asdict(config), "data": fingerprint(data)}
-    with preemption() as stop, Run.create_or_resume(out, saved) as run:
+    with preemption() as stop, Run.create_or_resume(out, saved, kind=FIT) as run:
         if run.finished:
             console.print(f"{run.path} is finished; `spa eval` measures it.")
             return load_run(run.path, model=model)

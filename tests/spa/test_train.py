@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+import mlfs_jax as mlfs
 import spa_jax as spa
 from mlfs_jax.errors import ConfigError, DataError, RunError, UnknownNameError
 from mlfs_jax.hf.load import from_pretrained
@@ -155,6 +156,14 @@ def test_every_kind_and_setting_fits(config, tmp_path):
         assert bool(opened.side.gate) == opened.setting.gated == bool(opened.calibration)
     with pytest.raises(ConfigError, match="s3, which has no gate"):
         load_plugin(tmp_path / "s3").threshold_for(0.5)
+
+
+def test_a_run_says_what_it_is_of(config, tmp_path):
+    fit(dataclasses.replace(config, steps=2, setting="s1"), tmp_path / "run", console=QUIET)
+    with pytest.raises(RunError, match="is a run of `spa fit`: expected one of `mlfs fit`"):
+        mlfs.load_run(tmp_path / "run")
+    with pytest.raises(RunError, match="is a run of `spa fit`: expected one of `spa baseline`"):
+        spa.load_baseline(tmp_path / "run")
 
 
 def test_one_plugin_for_each_user(config, tmp_path):
