@@ -17,6 +17,7 @@ import spa_jax as spa
 from mlfs_jax.errors import ConfigError, DataError, RunError, UnknownNameError
 from mlfs_jax.hf.load import from_pretrained
 from mlfs_jax.run import Run
+from spa_jax.baselines import load_baseline
 from spa_jax.config import FitConfig
 from spa_jax.errors import PluginError, TapCacheError
 from spa_jax.gate_fit import GateConfig
@@ -163,7 +164,7 @@ def test_a_run_says_what_it_is_of(config, tmp_path):
     with pytest.raises(RunError, match="is a run of `spa fit`: expected one of `mlfs fit`"):
         mlfs.load_run(tmp_path / "run")
     with pytest.raises(RunError, match="is a run of `spa fit`: expected one of `spa baseline`"):
-        spa.load_baseline(tmp_path / "run")
+        load_baseline(tmp_path / "run")
 
 
 def test_one_plugin_for_each_user(config, tmp_path):
