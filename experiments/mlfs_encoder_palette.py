@@ -44,7 +44,7 @@ LONG = {"rank": (8, 32, 8), "random_subnets": (0, 0, 1), "learning_rate": (7e-4,
 PRESETS = {
     # buckets: few, because each is one more compile of every step
     "cpu": {
-        "wiki-topic": {"steps": (200, 900, 200), "batch_size": 16, "max_length": 48, "buckets": (48,), **LONG},
+        "wiki-topic": {"steps": (200, 1300, 200), "batch_size": 16, "max_length": 48, "buckets": (48,), **LONG},
         "movie": {"steps": (600, 900, 200), "batch_size": 16, "max_length": 64, "buckets": (32, 64), **LONG},
     },
     "h200": {task: {"steps": (450, 1800, 600), "batch_size": 32, **LONG} for task in ("wiki-topic", "movie")},
