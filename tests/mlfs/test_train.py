@@ -178,7 +178,7 @@ def of_rank_and_width(file):
         (
             "run.json",
             lambda f: edit(f, lambda i: i.update(kind="spa fit")),
-            "a run of spa fit: expected one of mlfs fit",
+            "a run of `spa fit`: expected one of `mlfs fit`",
         ),
         ("task.json", lambda f: f.write_text("{}"), "task.json is damaged"),
         ("order.json", lambda f: f.write_text("{}"), "order.json is damaged"),
