@@ -16,8 +16,8 @@ def keep_freed_memory() -> bool:
     """Let this process keep what it frees, for its next allocation; returns whether that was done.
 
     On a CPU, XLA asks for a step's workspace (hundreds of MB) anew each time. glibc takes so large a block from the
-    system and gives it back at once, and the system clears it page by page: for one step in six of the time of another
-    (``experiments/bench_lora.py``). After this call there is one heap, that does not shrink.
+    system and gives it back at once, and the system clears it anew, page by page; what that costs, measures
+    ``experiments/bench_lora.py``. After this call there is one heap, that does not shrink.
 
     To be called before jax starts its threads, as ``mlfs fit`` and ``spa fit`` do. Does nothing where an accelerator
     does the work, under another C library, or when GLIBC_TUNABLES is set: that is somebody's own choice.

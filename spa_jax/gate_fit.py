@@ -23,8 +23,9 @@ class GateConfig:
 
     Attributes:
         method: learn "disagreement", whether the side network would choose another token; the "marginal" likelihood of
-            the mixture; the same "straight-through"; or the fixed "similarity" of texts. By default disagreement where
-            the side network adds to the base, and marginal where it replaces it (s2), for there it may well be wrong.
+            the mixture; the same "straight-through"; or the fixed "similarity" to tokens of training. By default
+            disagreement where the side network adds to the base, and marginal where it replaces it (s2), for there it
+            may well be wrong.
         price: of one use of the side network, in nats; for the two that weigh likelihoods.
         usage: share of held-out tokens that the threshold lets through.
         share: of the training examples, held back from the side network for the gate to learn on: on those that the
