@@ -31,7 +31,7 @@ import mlfs_jax as mlfs
 from mlfs_jax.data.batches import Batches
 from mlfs_jax.distill import logit_loss, task_loss
 from mlfs_jax.evaluate import evaluate
-from mlfs_jax.subnet import num_flops
+from mlfs_jax.subnet import maxnet, num_flops
 from mlfs_jax.supernet import Supernet
 from mlfs_jax.timing import device_name
 
@@ -117,7 +117,7 @@ def separately(
             batch, before = train[step], time.process_time()
             lora, state = jax.block_until_ready(update(lora, state, student.base, teacher.base, batch))
             cost.cpu += time.process_time() - before
-        whole, own = (forward_flops(teacher, net, options) for net in (mlfs.maxnet(teacher.config), subnet))
+        whole, own = (forward_flops(teacher, net, options) for net in (maxnet(teacher.config), subnet))
         cost.flops = steps * (whole + 2 * own)
         tuned = student.replace(base=mlfs.merge_lora(student.base, lora))
         reached = evaluate(tuned, validation, "accuracy")["loss"]

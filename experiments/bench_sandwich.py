@@ -5,7 +5,8 @@
 whittle 0.6.0 trains all weights by cross-entropy, as its SandwichStrategy does. We train rank-8 adapters of a frozen
 base; "ours" distils from the maxnet over the vocabulary, as MLFS does, "ours, no distillation" has whittle's loss. The
 sides take turns on one pinned core, fresh random subnets every round; the figures are CPU-seconds, medians over rounds,
-after two rounds of warm-up (ours compiles a step for every width it meets; all widths are met there).
+after two rounds of warm-up (ours compiles a step for every width it meets; all widths are met there). Beside them the
+FLOPs of one step with whole-depth subnets: torch's own counter for whittle, XLA's cost analysis for ours.
 """
 
 from __future__ import annotations
@@ -73,8 +74,11 @@ def measure(vocab_size: int, options: Options) -> dict[str, dict]:
             for widths in WIDTHS:
                 side.step(seed=0, subnets=[[*widths, 6]] * options.random + [[*WIDTHS[-1], 3]])
         rng = np.random.default_rng(0)
+        whole = [[*widths, shape["layers"]] for widths in (*WIDTHS[: options.random], WIDTHS[-1])]
+        flops = {name: side.step(seed=0, subnets=whole, count=True)["flops"] for name, side in sides.items()}
         draws = [draw(rng, shape["layers"], options.random) for _ in range(options.rounds)]
-        return take_turns(sides, [{"seed": i, "subnets": subnets} for i, subnets in enumerate(draws)])
+        spent = take_turns(sides, [{"seed": i, "subnets": subnets} for i, subnets in enumerate(draws)])
+    return {name: row | {"flops": flops[name]} for name, row in spent.items()}
 
 
 def main(options: Options) -> None:

@@ -173,6 +173,7 @@ MLFS = (
         "[ours] as many small models as the palette has sizes, for the palette's passes together",
         CHOICES,
         lambda: _choices(ENDS, "accuracy", {"three stages": "from the palette", "alone": "alone"}),
+        other="the small ones gain by the palette, the large ones pay for sharing their adapter with them",
     ),
     Row(
         "stages",
@@ -192,6 +193,7 @@ MLFS = (
         "it lowers the loss of the smallest subnet",
         CHOICES,
         lambda: _choices(("minnet",), "loss", {"gamma 1": "gamma 1", "three stages": "0", "gamma 2": "2"}),
+        other="the loss hardly depends on gamma: what it changes is within the spread of the seeds",
     ),
     Row(
         "Fig. 5, start",

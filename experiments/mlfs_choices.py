@@ -33,6 +33,7 @@ RESULTS = Path(__file__).parent / "results" / "mlfs_choices.json"
 STEPS, RATES = (400, 400, 400), (2e-3, 2e-3, 5e-4)
 ARMS = {
     "three stages": {},
+    "three stages, one rate": {"learning_rate": max(RATES)},
     "one stage": {"steps": (1, 1, sum(STEPS) - 2), "learning_rate": max(RATES)},
     "first k": {"reorder": False},
     "gamma 1": {"gamma": 1.0},

@@ -8,7 +8,9 @@ divergences: reverse KL (MiniLLM, arXiv 2306.08543), generalised Jensen-Shannon 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,26 +62,69 @@ def _kl(p: Float[Array, "... C"], q: Float[Array, "... C"]) -> Float[Array, "...
     return jnp.sum(jnp.exp(p) * (p - q), -1)
 
 
+class Divergence(NamedTuple):
+    """tau^2 D(teacher || student) in two halves, so that students who share a teacher share the first.
+
+    Attributes:
+        targets: ``(teacher's logits [..., C], tau)`` -> what a student is compared with, a tree of [...] or [..., C].
+        loss: ``(targets, student's logits [..., C], tau)`` -> [...].
+    """
+
+    targets: Callable
+    loss: Callable
+
+
+def _soften(teacher: Float[Array, "... C"], tau: float) -> tuple[Float[Array, "... C"], Float[Array, "..."]]:
+    """p = softmax(teacher / tau), and sum p log p."""
+    log_p = _log_probs(teacher, tau)
+    p = jnp.exp(log_p)
+    return p, jnp.sum(p * log_p, -1)
+
+
+def _kl_from(
+    targets: tuple[Float[Array, "... C"], Float[Array, "..."]], student: Float[Array, "... C"], tau: float
+) -> Float[Array, "..."]:
+    """sum p log p - sum p log q with log q = student / tau - logsumexp: three passes over C forwards, one backwards."""
+    p, p_log_p = targets
+    student = student.astype(jnp.float32) / tau
+    student -= jax.lax.stop_gradient(student.max(-1, keepdims=True))  # so that the two sums cancel well
+    return tau**2 * (p_log_p - jnp.sum(p * student, -1) + jnp.log(jnp.sum(jnp.exp(student), -1)))
+
+
+def _reverse_kl_from(log_p: Float[Array, "... C"], student: Float[Array, "... C"], tau: float) -> Float[Array, "..."]:
+    return tau**2 * _kl(_log_probs(student, tau), log_p)
+
+
+def _jsd_from(
+    log_p: Float[Array, "... C"], student: Float[Array, "... C"], tau: float, beta: float = 0.5
+) -> Float[Array, "..."]:
+    s = _log_probs(student, tau)
+    mixture = jnp.logaddexp(log_p + jnp.log(beta), s + jnp.log1p(-beta))
+    return tau**2 * (beta * _kl(log_p, mixture) + (1 - beta) * _kl(s, mixture))
+
+
+DIVERGENCES = {
+    "kl": Divergence(_soften, _kl_from),
+    "reverse-kl": Divergence(_log_probs, _reverse_kl_from),
+    "jsd": Divergence(_log_probs, _jsd_from),
+}
+
+
 def kl(teacher: Float[Array, "... C"], student: Float[Array, "... C"], tau: float = 1.0) -> Float[Array, "..."]:
     """tau^2 KL(teacher || student) of logits softened by tau (Hinton et al. 2015): covers the teacher's modes."""
-    return tau**2 * _kl(_log_probs(teacher, tau), _log_probs(student, tau))
+    return _kl_from(_soften(teacher, tau), student, tau)
 
 
 def reverse_kl(teacher: Float[Array, "... C"], student: Float[Array, "... C"], tau: float = 1.0) -> Float[Array, "..."]:
     """tau^2 KL(student || teacher): seeks the teacher's largest mode (MiniLLM)."""
-    return kl(student, teacher, tau)
+    return _reverse_kl_from(_log_probs(teacher, tau), student, tau)
 
 
 def jsd(
     teacher: Float[Array, "... C"], student: Float[Array, "... C"], tau: float = 1.0, beta: float = 0.5
 ) -> Float[Array, "..."]:
     """Generalised Jensen-Shannon divergence (GKD, eq. 1): beta KL(t || m) + (1 - beta) KL(s || m), m the mixture."""
-    t, s = _log_probs(teacher, tau), _log_probs(student, tau)
-    mixture = jnp.logaddexp(t + jnp.log(beta), s + jnp.log1p(-beta))
-    return tau**2 * (beta * _kl(t, mixture) + (1 - beta) * _kl(s, mixture))
-
-
-DIVERGENCES = {"kl": kl, "reverse-kl": reverse_kl, "jsd": jsd}
+    return _jsd_from(_log_probs(teacher, tau), student, tau, beta)
 
 
 def task_loss(logits: Float[Array, "B C"], labels: Array, problem: str) -> Float[Array, ""]:
@@ -94,7 +139,8 @@ def logit_loss(teacher: Array, student: Array, config: DistillConfig, problem: s
     """What the teacher's logits ask of the student's: a divergence, or the squared error for regression."""
     if problem == "regression":
         return jnp.mean((teacher.astype(jnp.float32) - student.astype(jnp.float32)) ** 2)
-    return jnp.mean(DIVERGENCES[config.divergence](teacher, student, config.tau))
+    divergence = DIVERGENCES[config.divergence]
+    return jnp.mean(divergence.loss(divergence.targets(teacher, config.tau), student, config.tau))
 
 
 def init_projection(key: Array, embed: int, config: DistillConfig) -> Float[Array, "D P"]:

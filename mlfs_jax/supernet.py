@@ -27,7 +27,7 @@ from mlfs_jax.model import abstract, forward
 from mlfs_jax.sharding import replicated, rows_on, state_shardings
 from mlfs_jax.slicing import slice_base, slice_config, slice_lora, slice_mask
 from mlfs_jax.subnet import Subnet, kept_size, make_mask, maxnet
-from mlfs_jax.vocab import Hidden, lm_distill_loss, lm_loss
+from mlfs_jax.vocab import Hidden, Targets, lm_distill_loss, lm_loss, lm_loss_and_targets
 
 Params = dict[str, Any]
 EXECUTIONS = ("sliced", "masked")
@@ -41,6 +41,20 @@ class TrainState:
     params: Params
     opt_state: optax.OptState
     step: Int[Array, ""]
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["output", "taps"], meta_fields=[])
+@dataclass(frozen=True)
+class Teacher:
+    """What the subnets of a step learn from the maxnet.
+
+    Attributes:
+        output: logits [B, C]; of a language model the kept targets, or the hidden states [B, T, D] to make them from.
+        taps: [L, B, T, D], every layer's output, where there is a feature loss.
+    """
+
+    output: Any
+    taps: Float[Array, "L B T D"] | None
 
 
 def state_places(mesh: Mesh, base: nnx.State, params: Params, optimizer: optax.GradientTransformation) -> Any:
@@ -71,6 +85,8 @@ class Supernet:
             backward pass).
         remat: recompute each layer in the backward pass instead of keeping its activations.
         places: where the state lies on a mesh, as shardings (:mod:`mlfs_jax.sharding`); it stays there.
+        keep_targets: what the maxnet's [B, T, V] distributions teach is kept for all subnets of a step up to this many
+            bytes; beyond, and on several devices, the loss of each subnet makes them again, a chunk at a time.
     """
 
     config: Config
@@ -80,6 +96,7 @@ class Supernet:
     unroll: bool = False
     remat: bool = False
     places: Any = None
+    keep_targets: int = 2**29
 
     def __post_init__(self):
         if self.config.head not in ("sequence", "lm"):
@@ -108,16 +125,25 @@ class Supernet:
             logits=self.config.head != "lm",  # [B, T, V]: the loss goes through it in chunks
         )
 
-    def maxnet_loss(self, params: Params, base: nnx.State, batch: Mapping) -> tuple[Float[Array, ""], Output]:
-        """Task loss of the maxnet, and its outputs for the subnets to learn from."""
-        taught = "features" in params  # a stage without subnets has nobody to show every layer to
-        out = self._run(self.graphdef, base, batch, params["lora"], taught and self.distill.beta > 0)
-        if self.config.head == "lm":
-            return lm_loss(Hidden(self.graphdef, base, out.hidden), batch), out
-        return task_loss(out.logits, batch["labels"], self.config.problem), out
+    def maxnet_loss(
+        self, params: Params, base: nnx.State, batch: Mapping, teaches: bool
+    ) -> tuple[Float[Array, ""], Teacher]:
+        """Task loss of the maxnet, and of its outputs what subnets learn from, if it ``teaches`` any."""
+        out = self._run(self.graphdef, base, batch, params["lora"], teaches and self.distill.beta > 0)
+        if self.config.head != "lm":
+            return task_loss(out.logits, batch["labels"], self.config.problem), Teacher(out.logits, out.taps)
+        hidden = Hidden(self.graphdef, base, out.hidden)
+        if teaches and self._keeps_targets(batch["input_ids"].size):
+            loss, targets = lm_loss_and_targets(hidden, batch, self.distill)
+            return loss, Teacher(targets, out.taps)
+        return lm_loss(hidden, batch), Teacher(out.hidden, out.taps)
+
+    def _keeps_targets(self, tokens: int) -> bool:
+        alone = self.places is None or self.places.step.mesh.size == 1
+        return self.distill.alpha > 0 and alone and 4 * tokens * self.config.vocab_size <= self.keep_targets
 
     def subnet_loss(
-        self, params: Params, base: nnx.State, batch: Mapping, teacher: Output, mask: Mask, widths: Subnet | None
+        self, params: Params, base: nnx.State, batch: Mapping, teacher: Teacher, mask: Mask, widths: Subnet | None
     ) -> Float[Array, ""]:
         """Loss of one subnet under its teacher; run at ``widths`` when given (mask and trees are cut to them)."""
         graphdef, lora, distill, whole = self.graphdef, params["lora"], self.distill, base
@@ -127,12 +153,13 @@ class Supernet:
             base = slice_base(self.config, base, widths)
         out = self._run(graphdef, base, batch, lora, distill.beta > 0, mask)
         if self.config.head == "lm":
-            student, hidden = Hidden(graphdef, base, out.hidden), Hidden(self.graphdef, whole, teacher.hidden)
-            loss = lm_distill_loss(student, hidden, batch, distill)
+            target = teacher.output
+            target = target if isinstance(target, Targets) else Hidden(self.graphdef, whole, target)
+            loss = lm_distill_loss(Hidden(graphdef, base, out.hidden), target, batch, distill)
         else:
             loss = (1 - distill.alpha) * task_loss(out.logits, batch["labels"], self.config.problem)
             if distill.alpha:
-                loss += distill.alpha * logit_loss(teacher.logits, out.logits, distill, self.config.problem)
+                loss += distill.alpha * logit_loss(teacher.output, out.logits, distill, self.config.problem)
         if distill.beta:
             tokens = batch["attention_mask"]
             loss += distill.beta * feature_loss(
@@ -142,8 +169,8 @@ class Supernet:
 
     # -- gradients ------------------------------------------------------------------------------------------------
 
-    def _maxnet_grads(self, params, base, batch, weight):
-        (loss, teacher), grads = jax.value_and_grad(self.maxnet_loss, has_aux=True)(params, base, batch)
+    def _maxnet_grads(self, params, base, batch, weight, teaches):
+        (loss, teacher), grads = jax.value_and_grad(self.maxnet_loss, has_aux=True)(params, base, batch, teaches)
         return jax.tree.map(lambda g: weight * g, grads), loss, jax.lax.stop_gradient(teacher)
 
     def _add_subnet_grads(self, total, params, base, batch, teacher, mask, weight, widths):
@@ -161,7 +188,7 @@ class Supernet:
         """``(state, base, batch, masks [J, ...], weights [1 + J]) -> (state, losses [1 + J])``, compiled once."""
 
         def step(state, base, batch, masks, weights):
-            grads, loss, teacher = self._maxnet_grads(state.params, base, batch, weights[0])
+            grads, loss, teacher = self._maxnet_grads(state.params, base, batch, weights[0], True)
 
             def subnet(total, scanned):
                 mask, weight = scanned
@@ -175,7 +202,7 @@ class Supernet:
     @cached_property
     def _compiled(self):
         return (
-            jax.jit(self._maxnet_grads),
+            jax.jit(self._maxnet_grads, static_argnames="teaches"),
             jax.jit(self._add_subnet_grads, static_argnames="widths", donate_argnames="total"),
             jax.jit(self._update, donate_argnames="state", out_shardings=self.places),
         )
@@ -191,7 +218,7 @@ class Supernet:
         if self.execution == "masked" and masks:
             return self.masked_step(state, base, batch, jax.tree.map(lambda *m: jnp.stack(m), *masks), weights)
         maxnet_grads, add_subnet_grads, update = self._compiled
-        grads, loss, teacher = maxnet_grads(state.params, base, batch, weights[0])
+        grads, loss, teacher = maxnet_grads(state.params, base, batch, weights[0], bool(subnets))
         losses = [loss]
         for subnet, mask, weight in zip(subnets, masks, weights[1:], strict=True):
             widths = widths_of(self.config, subnet)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,14 @@ class Hidden:
     states: Float[Array, "B T D"]
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["chunks"], meta_fields=[])
+@dataclass(frozen=True)
+class Targets:
+    """A teacher's half of the divergence, kept: for every chunk of tokens [N, C], a tree of [N, C] and [N, C, V]."""
+
+    chunks: Any
+
+
 def lm_loss(hidden: Hidden, batch: Mapping, *, frozen: bool = True, chunk: int = CHUNK) -> Float[Array, ""]:
     """Mean cross-entropy of the tokens that count (``loss_mask``), each predicted from those before it.
 
@@ -45,37 +54,60 @@ def lm_loss(hidden: Hidden, batch: Mapping, *, frozen: bool = True, chunk: int =
         frozen: no gradient is asked for but that of the hidden states. False computes that of the head, too (to
             measure importance), at the cost of making every chunk's logits twice.
     """
-    labels, weights = _targets(batch)
+    return _lm_loss(hidden, batch, frozen, chunk, lambda logits: ())[0]
 
+
+def lm_loss_and_targets(
+    hidden: Hidden, batch: Mapping, config: DistillConfig, *, chunk: int = CHUNK
+) -> tuple[Float[Array, ""], Targets]:
+    """:func:`lm_loss`, and what students of ``hidden`` need of the logits, for :func:`lm_distill_loss`.
+
+    That is B T V numbers: for vocabularies and batches where it is little, and several students learn from them.
+    """
+    targets = partial(DIVERGENCES[config.divergence].targets, tau=config.tau)
+    loss, kept = _lm_loss(hidden, batch, True, chunk, targets)
+    return loss, Targets(jax.lax.stop_gradient(kept))
+
+
+def _lm_loss(hidden: Hidden, batch: Mapping, frozen: bool, chunk: int, keep: Callable):
     def loss(states, aux, base):
         logits = apply_head(hidden.graphdef, base, states)
-        return (aux["weight"] * cross_entropy(logits, aux["label"])).sum()
+        return (aux["weight"] * cross_entropy(logits, aux["label"])).sum(), keep(logits)
 
-    aux = {"label": labels, "weight": weights}
-    return sum_over_chunks(loss, _predicting(hidden.states), aux, hidden.base, frozen, chunk) / _count(weights)
+    chunks = _chunks(_tokens(batch) | {"states": _predicting(hidden.states)}, chunk)
+    total, kept = _sum_over_chunks(loss, chunks, hidden.base, frozen)
+    return total / _count(batch), kept
 
 
 def lm_distill_loss(
-    student: Hidden, teacher: Hidden, batch: Mapping, config: DistillConfig, *, chunk: int = CHUNK
+    student: Hidden, teacher: Hidden | Targets, batch: Mapping, config: DistillConfig, *, chunk: int = CHUNK
 ) -> Float[Array, ""]:
     """(1 - alpha) CE(y, student) + alpha D(teacher || student), mean over the tokens that count.
 
     Both distributions of a chunk are there together, and gone with it.
+
+    Args:
+        teacher: what its head reads; or what :func:`lm_loss_and_targets` has kept, of the same batch and chunk.
     """
-    labels, weights = _targets(batch)
     divergence = DIVERGENCES[config.divergence]
 
     def loss(states, aux, bases):
         logits = apply_head(student.graphdef, bases[0], states)
         total = (1 - config.alpha) * cross_entropy(logits, aux["label"])
         if config.alpha:
-            target = apply_head(teacher.graphdef, bases[1], aux["teacher"])
-            total += config.alpha * divergence(target, logits, config.tau)
-        return (aux["weight"] * total).sum()
+            targets = aux["teacher"]
+            if isinstance(teacher, Hidden):
+                targets = divergence.targets(apply_head(teacher.graphdef, bases[1], targets), config.tau)
+            total += config.alpha * divergence.loss(targets, logits, config.tau)
+        return (aux["weight"] * total).sum(), ()
 
-    aux = {"label": labels, "weight": weights, "teacher": _predicting(jax.lax.stop_gradient(teacher.states))}
-    bases = (student.base, teacher.base)
-    return sum_over_chunks(loss, _predicting(student.states), aux, bases, True, chunk) / _count(weights)
+    tokens = _tokens(batch) | {"states": _predicting(student.states)}
+    if isinstance(teacher, Hidden):
+        chunks = _chunks(tokens | {"teacher": _predicting(jax.lax.stop_gradient(teacher.states))}, chunk)
+        bases = student.base, teacher.base
+    else:
+        chunks, bases = _chunks(tokens, chunk) | {"teacher": teacher.chunks}, (student.base, None)
+    return _sum_over_chunks(loss, chunks, bases, True)[0] / _count(batch)
 
 
 def _predicting(states: Float[Array, "B T D"]) -> Float[Array, "M D"]:
@@ -83,12 +115,16 @@ def _predicting(states: Float[Array, "B T D"]) -> Float[Array, "M D"]:
     return states[:, :-1].reshape(-1, states.shape[-1])
 
 
-def _targets(batch: Mapping) -> tuple[Int[Array, " M"], Float[Array, " M"]]:
-    return batch["input_ids"][:, 1:].reshape(-1), batch["loss_mask"][:, 1:].reshape(-1).astype(jnp.float32)
+def _tokens(batch: Mapping) -> dict[str, Array]:
+    """Of each prediction, [M]: the token that is right, and whether it counts."""
+    return {
+        "label": batch["input_ids"][:, 1:].reshape(-1),
+        "weight": batch["loss_mask"][:, 1:].reshape(-1).astype(jnp.float32),
+    }
 
 
-def _count(weights: Float[Array, " M"]) -> Float[Array, ""]:
-    return jnp.maximum(weights.sum(), 1.0)
+def _count(batch: Mapping) -> Float[Array, ""]:
+    return jnp.maximum(batch["loss_mask"][:, 1:].astype(jnp.float32).sum(), 1.0)
 
 
 def cross_entropy(logits: Float[Array, "M V"], labels: Int[Array, " M"]) -> Float[Array, " M"]:
@@ -96,46 +132,60 @@ def cross_entropy(logits: Float[Array, "M V"], labels: Int[Array, " M"]) -> Floa
     return jax.nn.logsumexp(logits, -1) - picked
 
 
-def sum_over_chunks(
-    loss: Callable, states: Float[Array, "M D"], aux: dict, shared, frozen: bool, chunk: int
-) -> Float[Array, ""]:
-    """The sum of ``loss(states [C, D], aux [C, ...], shared)`` over chunks of C tokens.
-
-    Tokens of weight 0 are moved to the end, and chunks of them alone are skipped: a prompt costs no logits.
-    """
-    order = jnp.argsort(aux["weight"] == 0, stable=True)
-    size = min(chunk, len(order))
+def _chunks(tokens: dict[str, Array], size: int) -> dict[str, Array]:
+    """Per-token arrays [M, ...] as chunks [N, C, ...]; tokens of ``weight`` 0 come last, behind them padding."""
+    order = jnp.argsort(tokens["weight"] == 0, stable=True)
+    size = min(size, len(order))
     missing = -len(order) % size
 
     def chunks(x):
         x = jnp.pad(jnp.asarray(x)[order], [(0, missing), *[(0, 0)] * (x.ndim - 1)])
         return x.reshape(-1, size, *x.shape[1:])
 
-    states, aux = chunks(states), jax.tree.map(chunks, aux)
+    return jax.tree.map(chunks, tokens)
+
+
+def _sum_over_chunks(loss: Callable, chunks: dict[str, Array], shared, frozen: bool) -> tuple[Float[Array, ""], Any]:
+    """``loss(states [C, D], aux {name: [C, ...]}, shared) -> (value, kept)``, summed and stacked over chunks.
+
+    Chunks whose tokens have all weight 0 are skipped: a prompt costs no logits.
+    """
+    states, aux = chunks["states"], {name: x for name, x in chunks.items() if name != "states"}
     if frozen:
         return _frozen_sum(loss, states, aux, shared)
     once = jax.checkpoint(loss)
-    return jax.lax.scan(lambda total, xs: (total + once(*xs, shared), None), jnp.zeros(()), (states, aux))[0]
+
+    def step(total, xs):
+        value, kept = once(*xs, shared)
+        return total + value, kept
+
+    return jax.lax.scan(step, jnp.zeros(()), (states, aux))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _frozen_sum(loss, states, aux, shared):
-    return jax.lax.scan(lambda total, xs: (total + _if_any(loss, 0.0, *xs, shared), None), 0.0, (states, aux))[0]
+    def step(total, xs):
+        value, kept = _if_any(loss, *xs, shared)
+        return total + value, kept
+
+    return jax.lax.scan(step, jnp.zeros(()), (states, aux))
 
 
 def _frozen_sum_forward(loss, states, aux, shared):
     def step(total, xs):
-        nothing = 0.0, jnp.zeros_like(xs[0])
-        value, grad = _if_any(jax.value_and_grad(loss), nothing, *xs, shared)
-        return total + value, grad
+        (value, kept), grad = _if_any(jax.value_and_grad(loss, has_aux=True), *xs, shared)
+        return total + value, (kept, grad)
 
-    return jax.lax.scan(step, 0.0, (states, aux))
+    total, (kept, grads) = jax.lax.scan(step, jnp.zeros(()), (states, aux))
+    return (total, kept), grads
 
 
-def _if_any(f, nothing, states, aux, shared):
-    """``f`` of a chunk in which some token counts, else ``nothing``."""
+def _if_any(f, states, aux, shared):
+    """``f`` of a chunk in which some token counts, else zeros."""
     run = lambda states, aux: f(states, aux, shared)  # noqa: E731
-    return jax.lax.cond(aux["weight"].any(), run, lambda *_: nothing, states, aux)
+    shapes = jax.eval_shape(run, states, aux)
+    nothing = lambda *_: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)  # noqa: E731
+    return jax.lax.cond(aux["weight"].any(), run, nothing, states, aux)
 
 
-_frozen_sum.defvjp(_frozen_sum_forward, lambda loss, grads, g: (g * grads, None, None))
+_frozen_sum.defvjp(_frozen_sum_forward, lambda loss, grads, g: (g[0] * grads, None, None))

@@ -191,3 +191,19 @@ def test_front_door_gives_functions_not_modules_of_the_same_name():
 
     assert callable(mlfs_jax.generate) and callable(mlfs_jax.evaluate)
     assert not {name for name in mlfs_jax.__all__ if not hasattr(mlfs_jax, name)}
+
+
+def test_experiments_ask_the_packages_for_what_they_have():
+    """``mlfs.name`` and ``spa.name``: imported as they are used, an absent one would be met hours into a run."""
+    import mlfs_jax
+    import spa_jax
+
+    asked = {
+        (node.value.id, node.attr)
+        for file in (ROOT / "experiments").rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("mlfs", "spa")
+    }
+    packages = {"mlfs": mlfs_jax, "spa": spa_jax}
+    assert len(asked) > 30
+    assert not {f"{package}.{name}" for package, name in asked if not hasattr(packages[package], name)}

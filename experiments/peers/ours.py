@@ -1,12 +1,14 @@
 """Worker: our training step (rank-8 adapters of a frozen decoder, AdamW): of the maxnet alone, or a sandwich.
 
 Setup: {"family": "gpt_neox" | "llama", "shape": {...}, "batch": B, "length": T, "alpha": weight of the distillation};
-task: {"seed": n, "subnets": [[heads, mlp, layers], ...]}. Answer: {"cpu": CPU-seconds, "wall": seconds, "loss": sum}.
+task: {"seed": n, "subnets": [[heads, mlp, layers], ...]}. Answer: {"cpu": CPU-seconds, "wall": seconds, "loss": sum};
+to a task with {"count": true}: {"flops": of all gradients}, of which a layer that is left out counts, too.
 """
 
 import json
 import sys
 import time
+from functools import partial
 
 import jax
 import numpy as np
@@ -14,7 +16,8 @@ import optax
 
 import mlfs_jax as mlfs
 from mlfs_jax.config import DecoderConfig, Rope
-from mlfs_jax.supernet import Supernet
+from mlfs_jax.subnet import make_mask
+from mlfs_jax.supernet import Supernet, widths_of
 
 SETUP = json.loads(sys.argv[1])
 SHAPE = SETUP["shape"]
@@ -28,6 +31,18 @@ def decoder() -> DecoderConfig:
         switches |= biases | {"norm": "layer", "parallel": True, "gated": False, "activation": "gelu"}
     sizes = {"kv_heads": SHAPE["heads"], "head_dim": head_dim, "max_positions": SETUP["length"]}
     return DecoderConfig(SETUP["family"], **SHAPE, **sizes, **switches)
+
+
+def count(supernet: Supernet, state, base, batch: dict, subnets: tuple) -> float:
+    """FLOPs of the compiled programs that a step runs."""
+    maxnet_grads, add_subnet_grads, _ = supernet._compiled
+    first = state.params, base, batch, 1.0, bool(subnets)
+    grads, _, teacher = jax.eval_shape(partial(maxnet_grads, teaches=first[-1]), *first[:-1])
+    lowered = [maxnet_grads.lower(*first)]
+    for subnet in subnets:
+        rest = state.params, base, batch, teacher, make_mask(supernet.config, subnet), 1.0
+        lowered.append(add_subnet_grads.lower(grads, *rest, widths_of(supernet.config, subnet)))
+    return sum(program.compile().cost_analysis()["flops"] for program in lowered)
 
 
 def main():
@@ -48,6 +63,9 @@ def main():
         tokens = rng.integers(config.vocab_size, size=(SETUP["batch"], SETUP["length"]), dtype=np.int32)
         ones = np.ones_like(tokens)
         batch = {"input_ids": tokens, "attention_mask": ones, "loss_mask": ones.astype(np.float32)}
+        if task.get("count"):
+            print(json.dumps({"flops": count(supernet, state, model.base, batch, subnets)}), flush=True)
+            continue
         cpu, wall = time.process_time(), time.perf_counter()
         state, losses = supernet.step(state, model.base, batch, subnets, 0.0)
         jax.block_until_ready((state, losses))

@@ -1,7 +1,8 @@
 """Worker: whittle's sandwich step (SandwichStrategy, all weights, AdamW) over a GPT-NeoX-shaped network.
 
 Setup: {"shape": {...}, "batch": B, "length": T}; every task: {"seed": n, "subnets": [[heads, mlp, layers], ...]}, the
-last of which is the smallest. Answer: {"cpu": CPU-seconds, "wall": seconds, "loss": sum of the losses}.
+last of which is the smallest. Answer: {"cpu": CPU-seconds, "wall": seconds, "loss": sum of the losses}; to a task with
+{"count": true}: {"flops": of forward and backward passes}.
 """
 
 import json
@@ -10,6 +11,7 @@ import time
 
 import torch
 from litgpt import Config
+from torch.utils.flop_counter import FlopCounterMode
 from whittle.models.gpt import GPT
 from whittle.training_strategies import SandwichStrategy
 
@@ -70,6 +72,12 @@ def main():
         sampler.give(task["subnets"])
         generator = torch.Generator().manual_seed(task["seed"])
         tokens = torch.randint(SHAPE["vocab_size"], (SETUP["batch"], SETUP["length"] + 1), generator=generator)
+        if task.get("count"):
+            with FlopCounterMode(display=False) as counter:
+                strategy(model, tokens[:, :-1], tokens[:, 1:])
+            optimizer.zero_grad()
+            print(json.dumps({"flops": counter.get_total_flops()}), flush=True)
+            continue
         cpu, wall = time.process_time(), time.perf_counter()
         total = strategy(model, tokens[:, :-1], tokens[:, 1:])
         optimizer.step()

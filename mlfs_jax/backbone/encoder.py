@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from mlfs_jax.backbone.attention import attention
 from mlfs_jax.backbone.layers import ACTIVATIONS, Embed, Linear, Norm, check_context, weight
 from mlfs_jax.backbone.tree import Mask, Output, place_rows, under
 from mlfs_jax.config import EncoderConfig
@@ -37,13 +38,13 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        attend: Bool[Array, "B 1 T S"],
+        visible: Bool[Array, "B T S"],
         lora: dict,
         mask: Mask | None,
     ) -> Float[Array, "B T D"]:
         keep = None if mask is None else mask.embed
         q, k, v = (getattr(self, name)(x, lora.get(name)) for name in ("q", "k", "v"))
-        context = jax.nn.dot_product_attention(q, k, v, mask=attend)
+        context = attention(q, k, v, visible)
         if mask is not None:
             context *= mask.heads[:, None]
         x = self.attn_norm(x + self.o(context, lora.get("o")), keep)
@@ -162,14 +163,14 @@ class Encoder(nnx.Module):
         keep = None if mask is None else mask.embed
         check_context(self.config, tokens)
         real = batch["attention_mask"].astype(bool) if "attention_mask" in batch else jnp.ones(tokens.shape, bool)
-        attend = real[:, None, None, :]
+        visible = jnp.broadcast_to(real[:, None], (*tokens.shape, tokens.shape[1]))
         x = embedded = place_rows(self.embed(tokens, batch.get("token_type_ids"), under(lora, "embed"), keep), rows)
 
         block_def, stacked = nnx.split(self.layers)
 
         def layer(x, scanned):
             weights, pairs, cut = scanned
-            run = lambda x: nnx.merge(block_def, weights)(x, attend, pairs, cut)  # noqa: E731
+            run = lambda x: nnx.merge(block_def, weights)(x, visible, pairs, cut)  # noqa: E731
             if cut is None:
                 x = run(x)
             else:

@@ -107,3 +107,14 @@ def test_a_language_model_trains_masked_and_sliced_alike_and_learns():
     np.testing.assert_allclose(after["masked"][0], after["sliced"][0], rtol=1e-4)
     np.testing.assert_allclose(after["masked"][-1], after["sliced"][-1], rtol=1e-2)
     assert (after["sliced"][-1] < 0.9 * after["sliced"][0]).all()
+
+
+@pytest.mark.parametrize("execution", ["sliced", "masked"])
+def test_a_teachers_kept_targets_change_nothing(execution):
+    model = tiny_decoder("llama")
+    batch, steps = tiny_tokens(model.config), {}
+    subnets = (mlfs.Subnet(13, (2,) * 2, (7,) * 2, (0, 2)), mlfs.Subnet(24, (2,) * 3, (20,) * 3, (0, 1, 2)))
+    for keep in (0, 2**20):
+        supernet = Supernet(model.config, DistillConfig(beta=0), optax.sgd(0.1), execution, keep_targets=keep)
+        steps[keep] = supernet.step(supernet.init({"lora": random_lora(model)}), model.base, batch, subnets, 0.0)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), steps[0], steps[2**20])

@@ -73,7 +73,7 @@ def test_lora_step_costs_at_most_2_3_forward_passes_and_no_gradient_of_the_base(
     state = jax.eval_shape(supernet.init, params)
 
     def step(state, base, batch):
-        grads, loss, _ = supernet._maxnet_grads(state.params, base, batch, 1.0)
+        grads, loss, _ = supernet._maxnet_grads(state.params, base, batch, 1.0, False)
         return supernet._update(state, grads), loss
 
     flops = lambda lowered: lowered.compile().cost_analysis()["flops"]  # noqa: E731

@@ -8,7 +8,7 @@ import pytest
 
 from mlfs_jax.distill import DistillConfig, kl
 from mlfs_jax.model import apply_head, forward
-from mlfs_jax.vocab import Hidden, lm_distill_loss, lm_loss
+from mlfs_jax.vocab import Hidden, lm_distill_loss, lm_loss, lm_loss_and_targets
 from tests.mlfs.tiny import tiny_decoder, tiny_tokens
 
 
@@ -48,8 +48,9 @@ def test_an_unfrozen_head_gets_its_gradient(case):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), grad, naive_grad)
 
 
+@pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-def test_distillation_equals_the_naive_sum(case, alpha):
+def test_distillation_equals_the_naive_sum(case, alpha, keep):
     model, batch, states = case
     teacher, config = states + 0.3, DistillConfig(alpha=alpha, tau=2.0)
 
@@ -60,12 +61,26 @@ def test_distillation_equals_the_naive_sum(case, alpha):
 
     def found(x, teacher):
         of = lambda states: Hidden(model.graphdef, model.base, states)  # noqa: E731
-        return lm_distill_loss(of(x), of(teacher), batch, config, chunk=5)
+        target = lm_loss_and_targets(of(teacher), batch, config, chunk=5)[1] if keep else of(teacher)
+        return lm_distill_loss(of(x), target, batch, config, chunk=5)
 
     value, (grad, to_teacher) = jax.value_and_grad(found, (0, 1))(states, teacher)
     np.testing.assert_allclose(value, wanted(states), rtol=1e-5)
     np.testing.assert_allclose(grad, jax.grad(wanted)(states), atol=1e-6)
     assert not to_teacher.any()
+
+
+@pytest.mark.parametrize("divergence", ["kl", "reverse-kl", "jsd"])
+def test_kept_targets_change_no_loss_and_no_gradient(case, divergence):
+    model, batch, states = case
+    of, config = lambda x: Hidden(model.graphdef, model.base, x), DistillConfig(divergence=divergence)
+    wanted = jax.value_and_grad(lambda x: lm_loss(of(x), batch, chunk=5))(states)
+    keeping = jax.value_and_grad(lambda x: lm_loss_and_targets(of(x), batch, config, chunk=5), has_aux=True)
+    (loss, targets), grad = keeping(states)
+    jax.tree.map(np.testing.assert_array_equal, (loss, grad), wanted)
+    student = lambda x, teacher: lm_distill_loss(of(x), teacher, batch, config, chunk=5)  # noqa: E731
+    found, anew = (jax.value_and_grad(student)(states - 0.3, teacher) for teacher in (targets, of(states)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), found, anew)
 
 
 def test_peak_memory_does_not_hold_all_logits():
