@@ -13,7 +13,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import tables
@@ -227,30 +227,37 @@ MLFS = (
 
 
 # -------------------------------------------------------------------------------------------------------------- SPA
-def _jobs(names: dict[str, str], field: str) -> Finding | None:
-    """A field of several jobs, in percent, in the order that the paper finds; the first task that has all of them.
+def _of_each_task(judge: Callable[[list[dict]], tuple[str, bool | None, list[dict]] | None]) -> Finding | None:
+    """What ``judge`` says of a task's runs (what there is to tell, same or not, by which of them), of all tasks."""
+    results, told, same, used = chosen(read("spa_tables")), [], [], []
+    for task in sorted({run["task"] for run in results}):
+        if found := judge([run for run in results if run["task"] == task]):
+            told.append(f"{task}: {found[0]}")
+            same.append(found[1])
+            used += found[2]
+    return Finding("; ".join(told), None if None in same else all(same), where(used)) if told else None
 
-    Of the seeds that all of them were run with; prompting has none.
+
+def _jobs(names: dict[str, str], field: str, within: float | None = None) -> Finding | None:
+    """A field of several jobs, in percent, in the order that the paper finds, for each task that has all of them.
+
+    Of the seeds that all of them were run with; prompting has none. ``within``: the first two are to be as close.
     """
-    results = chosen(read("spa_tables"))
-    for task in dict.fromkeys(run["task"] for run in results):
-        runs = {name: [r for r in results if r["task"] == task and r["job"] == name] for name in names}
+
+    def judge(results):
+        runs = {name: [r for r in results if r["job"] == name] for name in names}
         seeds = [{r["seed"] for r in of} for name, of in runs.items() if name not in ("zero-shot", "one-shot")]
-        if all(runs.values()) and set.intersection(*seeds):
-            known = set.intersection(*seeds)
-            runs = {name: [r for r in of if r["seed"] in known] or of for name, of in runs.items()}
-            values = {name: [100 * r[field] for r in of] for name, of in runs.items()}
-            means = [statistics.mean(v) for v in values.values()]
-            told = ", ".join(f"{said} {mean_and_spread(values[name])}" for name, said in names.items())
-            same = means == sorted(means, reverse=True)
-            return Finding(f"{task}: {told}", same, where([r for of in runs.values() for r in of]))
-    return None
+        known = set.intersection(*seeds)
+        if not known or not all(runs.values()):
+            return None
+        runs = {name: [r for r in of if r["seed"] in known] or of for name, of in runs.items()}
+        values = {name: [100 * r[field] for r in of] for name, of in runs.items()}
+        means = [statistics.mean(v) for v in values.values()]
+        same = means == sorted(means, reverse=True) if within is None else means[0] - means[1] <= within
+        told = ", ".join(f"{said} {mean_and_spread(values[name])}" for name, said in names.items())
+        return told, same, [r for of in runs.values() for r in of]
 
-
-def price_of_gate() -> Finding | None:
-    found = _jobs(GATE, "rougeL")
-    runs = [[r["rougeL"] for r in chosen(read("spa_tables")) if r["job"] == job] for job in GATE]
-    return found and replace(found, same=100 * (statistics.mean(runs[0]) - statistics.mean(runs[1])) <= 1)
+    return _of_each_task(judge)
 
 
 def table2() -> Finding | None:
@@ -268,24 +275,29 @@ def table2() -> Finding | None:
 
 
 def rates() -> Finding | None:
-    runs = [run for run in chosen(read("spa_tables")) if run["job"] == "spa"]
-    if not runs:
-        return None
-    diff, pick = (mean_and_spread([100 * run[name] for run in runs]) for name in ("diff", "pick"))
-    better = all(run["pick"] > run["usage"] for run in runs)
-    told = f"the sides differ on {diff} % of tokens, and the gate then picks the side network for {pick} %"
-    return Finding(told, better, where(runs))
+    def judge(results):
+        runs = [run for run in results if run["job"] == "spa"]
+        if not runs:
+            return None
+        diff, pick = (mean_and_spread([100 * run[name] for run in runs]) for name in ("diff", "pick"))
+        told = f"the sides differ on {diff} % of tokens, and the gate then picks the side network for {pick} %"
+        return told, all(run["pick"] > run["usage"] for run in runs), runs
+
+    return _of_each_task(judge)
 
 
 def blocks() -> Finding | None:
-    runs = [run for run in chosen(read("spa_tables")) if "losses" in run]
-    losses = {
-        name: [run["losses"][-1] for run in runs if run["job"] == name] for name in ("parallel", "serial", "ladder")
-    }
-    if not all(losses.values()):
-        return None
-    told = ", ".join(f"{name} {mean_and_spread(values, '{:.2f}'.format)}" for name, values in losses.items())
-    return Finding(f"validation loss after the last epoch, nats a token: {told}", None, where(runs))
+    def judge(results):
+        runs = {name: [r for r in results if r["job"] == name] for name in ("parallel", "serial", "ladder")}
+        if not all(runs.values()):
+            return None
+        losses = (
+            f"{name} {mean_and_spread([r['losses'][-1] for r in of], '{:.2f}'.format)}" for name, of in runs.items()
+        )
+        told = f"validation loss after the last epoch, nats a token: {', '.join(losses)}"
+        return told, None, [r for of in runs.values() for r in of]
+
+    return _of_each_task(judge)
 
 
 TABLES, GATE = "python experiments/spa_tables.py", {"s1": "S1", "spa": "SPA"}
@@ -320,7 +332,7 @@ SPA = (
         "Table 3, the price of the gate",
         "SPA is close to S1 (here: within 1 point of Rouge-L)",
         TABLES,
-        price_of_gate,
+        lambda: _jobs(GATE, "rougeL", within=1),
         other="every token that skips the side network is one that it could have improved",
     ),
     Row(
