@@ -46,7 +46,8 @@ class Encoded:
     def take(self, rows: Sequence[int] | np.ndarray) -> "Encoded":
         """The examples at these row numbers, in this order."""
         rows = np.asarray(rows, np.int64)
-        where = np.concatenate([np.arange(self.offsets[i], self.offsets[i + 1]) for i in rows])
+        ranges = [np.arange(self.offsets[i], self.offsets[i + 1]) for i in rows]
+        where = np.concatenate([np.empty(0, np.int64), *ranges])
         of = lambda column: None if column is None else tuple(column[i] for i in rows)  # noqa: E731
         return replace(
             self,

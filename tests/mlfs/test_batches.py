@@ -131,7 +131,7 @@ def test_mistaken_batch_settings():
 def test_subset_keeps_texts_and_labels_together():
     encoded = fake_encoded([3, 5, 2, 7, 4], types=True)
     small = encoded.subset(3)
-    assert len(small) == 3 and encoded.subset(9) is encoded
+    assert len(small) == 3 and encoded.subset(9) is encoded and len(encoded.take([])) == 0
     for i, label in enumerate(small.labels):
         part = slice(small.offsets[i], small.offsets[i + 1])
         assert set(small.ids[part]) == {label + 1} and small.lengths[i] == encoded.lengths[label]
