@@ -11,7 +11,7 @@ from mlfs_jax.errors import ConfigError
 from mlfs_jax.terminal import log_to_stderr, print_json, print_table, spinner
 from spa_jax.cli_device import chat, generate
 from spa_jax.errors import NetworkError
-from spa_jax.options import Coding, Flag, Place, RunFolder, budget_ms, numbers, read_token
+from spa_jax.options import Coding, Flag, Place, RunFolder, budget_ms, make_token, numbers, read_token
 
 HELP = """\
   serve     the cloud: base, gates and caches behind a websocket, for many devices at a time
@@ -51,7 +51,7 @@ def serve(
     Args:
         model: the base, as for `spa fit`.
         host: an address others can reach needs a token.
-        token_file: holds the secret that devices have to know.
+        token_file: holds the secret that devices have to know; made if it is not there.
         tls_cert: PEM file; with tls-key.
         tls_key: PEM file; with tls-cert.
         slots: sessions at a time; memory is taken for all of them at once, and printed.
@@ -82,6 +82,8 @@ def serve(
         tls_cert=tls_cert,
         tls_key=tls_key,
     )
+    if token_file is not None and make_token(token_file):
+        print(f"{token_file}: a new secret; every device needs this file")
     token, parts = read_token(token_file), [load_public(file) for file in public]
     with spinner() as advance:
         advance("loading the base")

@@ -1,6 +1,8 @@
 """What the commands of the split runtime have in common: kinds of flags, and how they are read."""
 
+import os
 import re
+import secrets
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,11 +22,26 @@ def read_token(file: Path | None) -> str | None:
         return None
     try:
         token = file.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        raise ConfigError(f"token-file {file} is not there: copy the one that `spa serve` has made.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"token-file {file} cannot be read: {error}.") from None
     if not token or any(c.isspace() for c in token) or not token.isascii():
         raise ConfigError(f"token-file {file}: expected one word of ASCII, e.g. of `openssl rand -hex 32 > {file}`.")
     return token
+
+
+def make_token(file: Path) -> bool:
+    """Put a new secret into a file that only its owner can read, unless there is one; says whether; or ConfigError."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as opened:
+            opened.write(secrets.token_hex(32) + "\n")
+    except OSError as error:
+        if file.exists():
+            return False
+        raise ConfigError(f"token-file {file} cannot be made: {error}.") from None
+    return True
 
 
 def numbers(text: str, name: str) -> list[float]:

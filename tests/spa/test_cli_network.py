@@ -19,7 +19,7 @@ from spa_jax.cli import main
 from spa_jax.device import Device
 from spa_jax.errors import PluginError
 from spa_jax.network import Link, Shape, methods, predict
-from spa_jax.options import budget_ms, numbers, read_token
+from spa_jax.options import budget_ms, make_token, numbers, read_token
 from spa_jax.plugin import Plugin, base_fingerprint, load_plugin, save_plugin, tokenizer_fingerprint
 from spa_jax.seam import Setting
 from tests.spa.conftest import save_tokenizer
@@ -129,7 +129,7 @@ def test_a_fallback_reads_the_plugins_tokens_and_writes_what_fits(tiny_lm, tmp_p
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        (["--token-file", "none"], "token-file none cannot be read"),
+        (["--token-file", "none"], "token-file none is not there"),
         (["--token-file", "WRONG"], "refuses this device: auth: no token, or a wrong one"),
         (["--server", "ws://127.0.0.1:9"], "no connection to ws://127.0.0.1:9"),
         (["--server", "127.0.0.1:9"], "expected ws://host:port"),
@@ -249,3 +249,10 @@ def test_options(tmp_path):
         (tmp_path / "token").write_text(text, encoding="utf-8")
         with pytest.raises(ConfigError, match="expected one word of ASCII"):
             read_token(tmp_path / "token")
+    assert not make_token(tmp_path / "token") and (tmp_path / "token").read_text(encoding="utf-8") == "schlüssel"
+    with pytest.raises(ConfigError, match="is not there: copy the one"):
+        read_token(tmp_path / "new" / "token")
+    assert make_token(tmp_path / "new" / "token") and len(read_token(tmp_path / "new" / "token")) == 64
+    assert (tmp_path / "new" / "token").stat().st_mode & 0o777 == 0o600
+    with pytest.raises(ConfigError, match="cannot be made"):
+        make_token(tmp_path / "token" / "token")
