@@ -78,7 +78,7 @@ class Kit:
         folder = options.tokenizer or _model_folder(options.plugin)
         if tokenizer_fingerprint(folder) != self.plugin.tokenizer:
             raise PluginError(f"this plugin was made with another tokenizer than the one in {folder}.")
-        self.tokenizer, self.folder = load_tokenizer(folder), folder
+        self.tokenizer = load_tokenizer(folder)
         self.stop = list(self.plugin.side.backbone.eos_token_ids)
         self.model = SideDevice(
             self.plugin.side,
@@ -127,11 +127,11 @@ class Kit:
 def _model_folder(plugin: Path) -> Path:
     """Of the base that a run was made with, for its tokenizer."""
     from mlfs_jax.errors import RunError
-    from mlfs_jax.registry import resolve_model
+    from mlfs_jax.hf.load import model_folder
     from mlfs_jax.run import Run
 
     try:
-        return resolve_model(Run.open(plugin).config["model"])
+        return model_folder(Run.open(plugin).config["model"])
     except (RunError, KeyError):
         raise ConfigError(f"{plugin} does not say where its tokenizer is: give --tokenizer FOLDER.") from None
 

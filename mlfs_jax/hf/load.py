@@ -124,6 +124,15 @@ def from_pretrained(
     return model.replace(name=Path(name_or_path).name)
 
 
+def model_folder(name_or_path: str | Path) -> Path:
+    """A folder with the config.json and the tokenizer of a model: what :func:`from_pretrained` gives as its source.
+
+    Raises as :func:`from_pretrained` does.
+    """
+    path = resolve_model(name_or_path)
+    return path if (gguf := gguf_in(path)) is None else prepare_folder(gguf)
+
+
 def load_checkpoint(
     directory: str | Path,
     *,

@@ -13,15 +13,21 @@ from types import SimpleNamespace
 import pytest
 
 from mlfs_jax.errors import ConfigError
+from mlfs_jax.hf.gguf_tokenizer import PRE_TOKENIZERS
+from mlfs_jax.hf.gguf_write import export_gguf
 from mlfs_jax.hf.load import from_pretrained
+from mlfs_jax.run import Run
 from spa_jax import cli_device
 from spa_jax.cli import main
+from spa_jax.config import FIT
 from spa_jax.device import Device
 from spa_jax.errors import PluginError
 from spa_jax.network import Link, Shape, methods, predict
 from spa_jax.options import budget_ms, make_token, numbers, read_token
 from spa_jax.plugin import Plugin, base_fingerprint, load_plugin, save_plugin, tokenizer_fingerprint
 from spa_jax.seam import Setting
+from tests.mlfs.gguf_files import byte_level_tokenizer
+from tests.mlfs.tiny import tiny_decoder
 from tests.spa.conftest import save_tokenizer
 from tests.spa.fake_models import FakeDevice
 from tests.spa.tiny_side import LADDER, tiny_side
@@ -256,3 +262,15 @@ def test_options(tmp_path):
     assert (tmp_path / "new" / "token").stat().st_mode & 0o777 == 0o600
     with pytest.raises(ConfigError, match="cannot be made"):
         make_token(tmp_path / "token" / "token")
+
+
+def test_a_device_finds_the_tokenizer_of_a_base_in_a_gguf_file(tmp_path, monkeypatch):
+    """The folder of such a model holds no tokenizer.json; the one that is made of the file does."""
+    monkeypatch.setenv("MLFS_CACHE", str(tmp_path / "cache"))
+    source, file = byte_level_tokenizer(tmp_path / "tokenizer", PRE_TOKENIZERS["smollm"]), tmp_path / "base" / "m.gguf"
+    file.parent.mkdir()
+    export_gguf(tiny_decoder("llama", vocab_size=405, embed=32).replace(source=source), file, "f32")
+    for name, model in (("file", file), ("folder", file.parent)):
+        with Run.create_or_resume(tmp_path / name, {"model": str(model)}, kind=FIT) as run:
+            run.finish()
+        assert tokenizer_fingerprint(cli_device._model_folder(run.path)) == tokenizer_fingerprint(source)
