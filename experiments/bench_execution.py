@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from pictures import bars
 from rich.console import Console
 from rich.table import Table
 
@@ -51,7 +52,7 @@ def main(options: Options) -> None:
         "features": init_projection(jax.random.key(2), config.embed, distill),
     }
     maxnet_grads, add_subnet_grads, _ = supernet._compiled
-    total, _, teacher = maxnet_grads(params, model.base, batch, 1.0)
+    total, _, teacher = maxnet_grads(params, model.base, batch, 1.0, True)
 
     def subnet_side(subnet: mlfs.Subnet, sliced: bool):
         mask, widths = mlfs.make_mask(config, subnet), widths_of(config, subnet) if sliced else None
@@ -63,7 +64,7 @@ def main(options: Options) -> None:
 
         return run
 
-    sides = {"maxnet": lambda: maxnet_grads(params, model.base, batch, 1.0)[1]}
+    sides = {"maxnet": lambda: maxnet_grads(params, model.base, batch, 1.0, True)[1]}
     for name, subnet in space.names().items():
         if name != "maxnet":
             sides |= {f"{name} masked": subnet_side(subnet, False), f"{name} sliced": subnet_side(subnet, True)}
@@ -93,7 +94,9 @@ def main(options: Options) -> None:
         row["flops_share"] = share
         table.add_row(name, f"{share:.2f}", f"{row['cpu_seconds']:.3f}", f"{row['of_maxnet']:.2f}")
     Console().print(table)
-    RESULT.parent.mkdir(exist_ok=True)
+    columns = {"FLOPs": "flops_share", "CPU-seconds": "of_maxnet"}
+    shares = {said: {name: row[column] for name, row in rows.items()} for said, column in columns.items()}
+    bars(RESULT, shares, "share of the maxnet's")
     RESULT.write_text(json.dumps({"device": jax.devices()[0].device_kind, **vars(options), "rows": rows}, indent=1))
 
 

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from pictures import bars
 from rich.console import Console
 from rich.table import Table
 
@@ -158,7 +159,11 @@ def main(options: Options) -> None:
             row = found[f"decoding, batch {size}"] = decoding(model, size, options)
             table.add_row(name, "decoding", str(size), *_cells(row, row["of_bandwidth_bound"]))
     Console().print(table)
-    RESULT.parent.mkdir(exist_ok=True)
+    bound = {
+        shape: {what: row.get("mfu", row.get("of_bandwidth_bound")) for what, row in found.items()}
+        for shape, found in results.items()
+    }
+    bars(RESULT, bound, "MFU; decoding: of the bandwidth bound", device_name())
     shown = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(options).items()}
     RESULT.write_text(json.dumps({"device": device_name(), "options": shown, "results": results}, indent=1))
 

@@ -23,6 +23,7 @@ import jax
 import optax
 import tyro
 from peers import pin
+from pictures import bars
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -167,7 +168,9 @@ def main(options: Options) -> None:
     console.print(f"the palette costs {shares['flops']:.2f} of their FLOPs, {shares['cpu']:.2f} of their CPU-seconds")
     record = {"options": dataclasses.asdict(options) | {"runs": str(options.runs)}, "cpu": device_name()}
     record |= {"palette": dataclasses.asdict(whole), "separate": alone, "shares": shares, "rows": rows}
-    RESULT.parent.mkdir(exist_ok=True)
+    names = [row["subnet"].replace("embed=", "").replace(" heads=", "/").replace(" mlp=", "/") for row in rows]
+    spent = {name.replace(" layers=", "/"): row["flops"] / whole.flops for name, row in zip(names, rows, strict=True)}
+    bars(RESULT, {"alone": spent}, "FLOPs, share of the palette's", "embed/heads/mlp/layers, each distilled alone")
     RESULT.write_text(json.dumps(record, indent=1))
 
 

@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+from pictures import bars
 from rich.console import Console
 from rich.table import Table
 
@@ -87,26 +88,16 @@ def take_turns(sides: Mapping[str, Worker], tasks: Sequence[dict]) -> dict[str, 
 
 def report(file: Path, title: str, options: object, results: Mapping[str, dict[str, dict]]) -> None:
     """A table of ``take_turns`` for each vocabulary, and the JSON and bar chart beside it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     table = Table(title=title)
     for column in ("vocabulary", "step", "CPU-s", "share"):
         table.add_column(column, justify="left" if column == "step" else "right")
-    figure, panel = plt.subplots(figsize=(6, 3))
-    for place, (vocabulary, rows) in enumerate(results.items()):
-        for i, (name, row) in enumerate(rows.items()):
+    shares: dict[str, dict[str, float]] = {}
+    for vocabulary, rows in results.items():
+        for name, row in rows.items():
             table.add_row(vocabulary, name, f"{row['cpu_seconds']:.3f}", f"{row['share']:.2f}")
-            panel.bar(place + 0.2 * i, row["share"], 0.18, color=f"C{i}", label=name if not place else None)
-    panel.set_xticks([place + 0.2 for place in range(len(results))], [f"vocabulary {name}" for name in results])
-    panel.set_ylabel("CPU-seconds, shares")
-    panel.legend()
-    figure.tight_layout()
+            shares.setdefault(name, {})[f"vocabulary {vocabulary}"] = row["share"]
     Console().print(table)
-    file.parent.mkdir(exist_ok=True)
-    figure.savefig(file.with_suffix(".png"), dpi=120)
+    bars(file, shares, "CPU-seconds, shares")
     file.write_text(json.dumps({"options": asdict(options), "cpu": device_name(), "results": results}, indent=1))
 
 
