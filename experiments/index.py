@@ -180,7 +180,7 @@ MLFS = (
         "three stages against one",
         CHOICES,
         lambda: _choices(ENDS, "accuracy", {"three stages": "three", "one stage": "one"}),
-        other="two layers, in which all subnets can learn at once; the last stage's lower rate is not why (see the table)",
+        other="two layers, in which all subnets can learn at once; the lower rate of the last stage is not why",
     ),
     Row(
         "importance order",
