@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from pictures import bars
+from pictures import share_bars
 from rich.console import Console
 from rich.table import Table
 
@@ -94,9 +94,7 @@ def main(options: Options) -> None:
         row["flops_share"] = share
         table.add_row(name, f"{share:.2f}", f"{row['cpu_seconds']:.3f}", f"{row['of_maxnet']:.2f}")
     Console().print(table)
-    columns = {"FLOPs": "flops_share", "CPU-seconds": "of_maxnet"}
-    shares = {said: {name: row[column] for name, row in rows.items()} for said, column in columns.items()}
-    bars(RESULT, shares, "share of the maxnet's")
+    share_bars(RESULT, rows, {"FLOPs": "flops_share", "CPU-seconds": "of_maxnet"})
     RESULT.write_text(json.dumps({"device": jax.devices()[0].device_kind, **vars(options), "rows": rows}, indent=1))
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import tyro
-from pictures import bars
+from pictures import share_bars
 from rich.console import Console
 from rich.table import Table
 
@@ -62,9 +62,8 @@ def main(options: Options) -> None:
         shares = (row["flops_share"], *(row[f"time_share, batch {size}"] for size in options.batches))
         table.add_row(f"{name} ({row['subnet']})", *(f"{share:.2f}" for share in shares))
     Console().print(table)
-    columns = {"FLOPs": "flops_share"} | {f"time, batch {n}": f"time_share, batch {n}" for n in options.batches}
-    shares = {said: {name: row[column] for name, row in rows.items()} for said, column in columns.items()}
-    bars(RESULT, shares, "share of the maxnet's")
+    times = {f"time, batch {n}": f"time_share, batch {n}" for n in options.batches}
+    share_bars(RESULT, rows, {"FLOPs": "flops_share"} | times)
     RESULT.write_text(json.dumps({"device": device_name(), **asdict(options), "rows": rows}, indent=1))
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,8 +169,7 @@ def main(options: Options) -> None:
     console.print(f"the palette costs {shares['flops']:.2f} of their FLOPs, {shares['cpu']:.2f} of their CPU-seconds")
     record = {"options": dataclasses.asdict(options) | {"runs": str(options.runs)}, "cpu": device_name()}
     record |= {"palette": dataclasses.asdict(whole), "separate": alone, "shares": shares, "rows": rows}
-    names = [row["subnet"].replace("embed=", "").replace(" heads=", "/").replace(" mlp=", "/") for row in rows]
-    spent = {name.replace(" layers=", "/"): row["flops"] / whole.flops for name, row in zip(names, rows, strict=True)}
+    spent = {"/".join(re.findall(r"\d+", row["subnet"])): row["flops"] / whole.flops for row in rows}
     bars(RESULT, {"alone": spent}, "FLOPs, share of the palette's", "embed/heads/mlp/layers, each distilled alone")
     RESULT.write_text(json.dumps(record, indent=1))
 

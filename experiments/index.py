@@ -227,24 +227,29 @@ MLFS = (
 
 
 # -------------------------------------------------------------------------------------------------------------- SPA
-def _of_each_task(judge: Callable[[list[dict]], tuple[str, bool | None, list[dict]] | None]) -> Finding | None:
-    """What ``judge`` says of a task's runs (what there is to tell, same or not, by which of them), of all tasks."""
-    results, told, same, used = chosen(read("spa_tables")), [], [], []
-    for task in sorted({run["task"] for run in results}):
-        if found := judge([run for run in results if run["task"] == task]):
-            told.append(f"{task}: {found[0]}")
-            same.append(found[1])
-            used += found[2]
-    return Finding("; ".join(told), None if None in same else all(same), where(used)) if told else None
+def _of_each_task(judge: Callable[[list[dict]], tuple[str, bool | None, list[dict]] | None]) -> Callable:
+    """A finding of all tasks from what ``judge`` says of the runs of one: what to tell, same or not, by which runs."""
+
+    def find() -> Finding | None:
+        results, told, same, used = chosen(read("spa_tables")), [], [], []
+        for task in sorted({run["task"] for run in results}):
+            if found := judge([run for run in results if run["task"] == task]):
+                told.append(f"{task}: {found[0]}")
+                same.append(found[1])
+                used += found[2]
+        return Finding("; ".join(told), None if None in same else all(same), where(used)) if told else None
+
+    return find
 
 
-def _jobs(names: dict[str, str], field: str, within: float | None = None) -> Finding | None:
+def _jobs(names: dict[str, str], field: str, within: float | None = None) -> Callable:
     """A field of several jobs, in percent, in the order that the paper finds, for each task that has all of them.
 
     Of the seeds that all of them were run with; prompting has none. ``within``: the first two are to be as close.
     """
 
-    def judge(results):
+    @_of_each_task
+    def find(results):
         runs = {name: [r for r in results if r["job"] == name] for name in names}
         seeds = [{r["seed"] for r in of} for name, of in runs.items() if name not in ("zero-shot", "one-shot")]
         known = set.intersection(*seeds)
@@ -257,7 +262,7 @@ def _jobs(names: dict[str, str], field: str, within: float | None = None) -> Fin
         told = ", ".join(f"{said} {mean_and_spread(values[name])}" for name, said in names.items())
         return told, same, [r for of in runs.values() for r in of]
 
-    return _of_each_task(judge)
+    return find
 
 
 def table2() -> Finding | None:
@@ -274,30 +279,24 @@ def table2() -> Finding | None:
     return Finding(f"ms a token at 20 ms and 10 MB/s: {told}", fastest, f"{found['tokens']} tokens, emulated link")
 
 
-def rates() -> Finding | None:
-    def judge(results):
-        runs = [run for run in results if run["job"] == "spa"]
-        if not runs:
-            return None
-        diff, pick = (mean_and_spread([100 * run[name] for run in runs]) for name in ("diff", "pick"))
-        told = f"the sides differ on {diff} % of tokens, and the gate then picks the side network for {pick} %"
-        return told, all(run["pick"] > run["usage"] for run in runs), runs
-
-    return _of_each_task(judge)
+@_of_each_task
+def rates(results):
+    runs = [run for run in results if run["job"] == "spa"]
+    if not runs:
+        return None
+    diff, pick = (mean_and_spread([100 * run[name] for run in runs]) for name in ("diff", "pick"))
+    told = f"the sides differ on {diff} % of tokens, and the gate then picks the side network for {pick} %"
+    return told, all(run["pick"] > run["usage"] for run in runs), runs
 
 
-def blocks() -> Finding | None:
-    def judge(results):
-        runs = {name: [r for r in results if r["job"] == name] for name in ("parallel", "serial", "ladder")}
-        if not all(runs.values()):
-            return None
-        losses = (
-            f"{name} {mean_and_spread([r['losses'][-1] for r in of], '{:.2f}'.format)}" for name, of in runs.items()
-        )
-        told = f"validation loss after the last epoch, nats a token: {', '.join(losses)}"
-        return told, None, [r for of in runs.values() for r in of]
-
-    return _of_each_task(judge)
+@_of_each_task
+def blocks(results):
+    runs = {name: [r for r in results if r["job"] == name] for name in ("parallel", "serial", "ladder")}
+    if not all(runs.values()):
+        return None
+    ends = {name: mean_and_spread([r["losses"][-1] for r in of], "{:.2f}".format) for name, of in runs.items()}
+    told = ", ".join(f"{name} {end}" for name, end in ends.items())
+    return f"validation loss after the last epoch, nats a token: {told}", None, [r for of in runs.values() for r in of]
 
 
 TABLES, GATE = "python experiments/spa_tables.py", {"s1": "S1", "spa": "SPA"}
@@ -306,13 +305,13 @@ SPA = (
         "Table 1, with LST",
         "Rouge-L: SPA above LST above one-shot prompting",
         TABLES,
-        lambda: _jobs({"spa": "SPA", "s3": "LST", "one-shot": "one-shot"}, "rougeL"),
+        _jobs({"spa": "SPA", "s3": "LST", "one-shot": "one-shot"}, "rougeL"),
     ),
     Row(
         "Table 1, prompting",
         "Rouge-L: SPA above one-shot prompting",
         TABLES,
-        lambda: _jobs({"spa": "SPA", "one-shot": "one-shot"}, "rougeL"),
+        _jobs({"spa": "SPA", "one-shot": "one-shot"}, "rougeL"),
         same="a small base gains little from an example in its prompt, and much from training",
     ),
     Row(
@@ -326,26 +325,26 @@ SPA = (
         "Table 3, settings",
         "quality: S1, then SPA, then S2, then S3",
         TABLES,
-        lambda: _jobs(GATE | {"s2": "S2", "s3": "S3"}, "rougeL"),
+        _jobs(GATE | {"s2": "S2", "s3": "S3"}, "rougeL"),
     ),
     Row(
         "Table 3, the price of the gate",
         "SPA is close to S1 (here: within 1 point of Rouge-L)",
         TABLES,
-        lambda: _jobs(GATE, "rougeL", within=1),
+        _jobs(GATE, "rougeL", within=1),
         other="every token that skips the side network is one that it could have improved",
     ),
     Row(
         "Table 5, amount of data",
         "Rouge-L grows from small to medium to full data",
         TABLES,
-        lambda: _jobs({"spa, no budget": "full", "spa, medium": "medium", "spa, small": "small"}, "rougeL"),
+        _jobs({"spa, no budget": "full", "spa, medium": "medium", "spa, small": "small"}, "rougeL"),
     ),
     Row(
         "Table 6, usage",
         "with more data the side network is asked less: 82, 72, 62 % of tokens",
         TABLES,
-        lambda: _jobs({"spa, small": "small", "spa, medium": "medium", "spa, no budget": "full"}, "usage"),
+        _jobs({"spa, small": "small", "spa, medium": "medium", "spa, no budget": "full"}, "usage"),
         other="our gate asks wherever the two sides would choose differently; one that has learnt little seldom does",
     ),
     Row(
@@ -362,11 +361,7 @@ SPA = (
         TABLES,
         blocks,
     ),
-    Row(
-        "Fig. 4, who chose",
-        "each token coloured by who chose it: a picture, no number",
-        "spa show runs/spa --prompt TEXT",
-    ),
+    Row("Fig. 4, who chose", "each token coloured by who chose it: a picture", "spa show runs/spa --prompt TEXT"),
 )
 
 

@@ -26,3 +26,9 @@ def bars(result: Path, values: Mapping[str, Mapping[str, float]], ylabel: str, t
     result.parent.mkdir(exist_ok=True)
     figure.savefig(result.with_suffix(".png"), dpi=120)
     plt.close(figure)
+
+
+def share_bars(result: Path, rows: Mapping[str, Mapping], columns: Mapping[str, str]) -> None:
+    """:func:`bars` of subnets: ``columns`` says what each of these entries of a row is, as a share of the maxnet's."""
+    shares = {said: {name: row[column] for name, row in rows.items()} for said, column in columns.items()}
+    bars(result, shares, "share of the maxnet's")

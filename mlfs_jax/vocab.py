@@ -75,8 +75,7 @@ def _lm_loss(hidden: Hidden, batch: Mapping, frozen: bool, chunk: int, keep: Cal
         return (aux["weight"] * cross_entropy(logits, aux["label"])).sum(), keep(logits)
 
     chunks = _chunks(_tokens(batch) | {"states": _predicting(hidden.states)}, chunk)
-    total, kept = _sum_over_chunks(loss, chunks, hidden.base, frozen)
-    return total / _count(batch), kept
+    return _mean_over_chunks(loss, chunks, hidden.base, frozen)
 
 
 def lm_distill_loss(
@@ -107,7 +106,7 @@ def lm_distill_loss(
         bases = student.base, teacher.base
     else:
         chunks, bases = _chunks(tokens, chunk) | {"teacher": teacher.chunks}, (student.base, None)
-    return _sum_over_chunks(loss, chunks, bases, True)[0] / _count(batch)
+    return _mean_over_chunks(loss, chunks, bases, True)[0]
 
 
 def _predicting(states: Float[Array, "B T D"]) -> Float[Array, "M D"]:
@@ -121,10 +120,6 @@ def _tokens(batch: Mapping) -> dict[str, Array]:
         "label": batch["input_ids"][:, 1:].reshape(-1),
         "weight": batch["loss_mask"][:, 1:].reshape(-1).astype(jnp.float32),
     }
-
-
-def _count(batch: Mapping) -> Float[Array, ""]:
-    return jnp.maximum(batch["loss_mask"][:, 1:].astype(jnp.float32).sum(), 1.0)
 
 
 def cross_entropy(logits: Float[Array, "M V"], labels: Int[Array, " M"]) -> Float[Array, " M"]:
@@ -145,18 +140,19 @@ def _chunks(tokens: dict[str, Array], size: int) -> dict[str, Array]:
     return jax.tree.map(chunks, tokens)
 
 
-def _sum_over_chunks(loss: Callable, chunks: dict[str, Array], shared, frozen: bool) -> tuple[Float[Array, ""], Any]:
-    """``loss(states [C, D], aux {name: [C, ...]}, shared) -> (value, kept)``, summed and stacked over chunks.
+def _mean_over_chunks(loss: Callable, chunks: dict[str, Array], shared, frozen: bool) -> tuple[Float[Array, ""], Any]:
+    """``loss(states [C, D], aux {name: [C, ...]}, shared) -> (sum, kept)``: the mean over weights, and what is kept.
 
     Chunks whose tokens have all weight 0 are skipped: a prompt costs no logits.
     """
     states, aux = chunks["states"], {name: x for name, x in chunks.items() if name != "states"}
-    if frozen:
-        return _frozen_sum(loss, states, aux, shared)
-    once = jax.checkpoint(loss)
+    total, kept = (_frozen_sum if frozen else _sum)(loss if frozen else jax.checkpoint(loss), states, aux, shared)
+    return total / jnp.maximum(aux["weight"].sum(), 1.0), kept
 
+
+def _sum(loss, states, aux, shared):
     def step(total, xs):
-        value, kept = once(*xs, shared)
+        value, kept = loss(*xs, shared)
         return total + value, kept
 
     return jax.lax.scan(step, jnp.zeros(()), (states, aux))
@@ -164,11 +160,7 @@ def _sum_over_chunks(loss: Callable, chunks: dict[str, Array], shared, frozen: b
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _frozen_sum(loss, states, aux, shared):
-    def step(total, xs):
-        value, kept = _if_any(loss, *xs, shared)
-        return total + value, kept
-
-    return jax.lax.scan(step, jnp.zeros(()), (states, aux))
+    return _sum(partial(_if_any, loss), states, aux, shared)
 
 
 def _frozen_sum_forward(loss, states, aux, shared):

@@ -131,9 +131,10 @@ def _model_folder(plugin: Path) -> Path:
     from mlfs_jax.run import Run
 
     try:
-        return model_folder(Run.open(plugin).config["model"])
+        name = Run.open(plugin).config["model"]
     except (RunError, KeyError):
         raise ConfigError(f"{plugin} does not say where its tokenizer is: give --tokenizer FOLDER.") from None
+    return model_folder(name)
 
 
 def _head(plugin, place: str, base) -> dict | None:

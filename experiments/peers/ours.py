@@ -8,7 +8,6 @@ to a task with {"count": true}: {"flops": of all gradients}, of which a layer th
 import json
 import sys
 import time
-from functools import partial
 
 import jax
 import numpy as np
@@ -37,7 +36,7 @@ def count(supernet: Supernet, state, base, batch: dict, subnets: tuple) -> float
     """FLOPs of the compiled programs that a step runs."""
     maxnet_grads, add_subnet_grads, _ = supernet._compiled
     first = state.params, base, batch, 1.0, bool(subnets)
-    grads, _, teacher = jax.eval_shape(partial(maxnet_grads, teaches=first[-1]), *first[:-1])
+    grads, _, teacher = maxnet_grads.eval_shape(*first)
     lowered = [maxnet_grads.lower(*first)]
     for subnet in subnets:
         rest = state.params, base, batch, teacher, make_mask(supernet.config, subnet), 1.0

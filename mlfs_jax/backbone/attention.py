@@ -91,7 +91,7 @@ def attention(
     ``softcap`` c squashes scores to c tanh(score / c) first (Gemma 2); scores and softmax are in fp32.
 
     What ``jax.nn.dot_product_attention`` cannot do is written out here, and so is all of it on a CPU: with heads in
-    front and the G T queries that share a key as rows of one matrix, XLA's CPU backend is 1.2 to 3 times as fast.
+    front, and the G T queries that share a key as rows of one matrix, XLA's CPU backend is faster.
     """
     if softcap is None and q.shape[-1] == v.shape[-1] and jax.default_backend() != "cpu":
         return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=visible[:, None], scale=scale)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mlfs_jax.backbone.attention import alibi_slopes, attention, rope_tables, rotate
 from mlfs_jax.backbone.cache import Cache, write
-from mlfs_jax.backbone.layers import ACTIVATIONS, Embed, Linear, Norm, check_context, weight
+from mlfs_jax.backbone.layers import ACTIVATIONS, Embed, Linear, Norm, check_context, real_tokens, weight
 from mlfs_jax.backbone.tree import Mask, Output, place_rows, under
 from mlfs_jax.config import DecoderConfig
 
@@ -280,8 +280,7 @@ class Decoder(nnx.Module):
         if config.positions == "learned" and cache is None:  # a cache's tokens may be padding, beyond the last text
             check_context(config, tokens)
         keep = None if mask is None else mask.embed
-        real = batch["attention_mask"].astype(bool) if "attention_mask" in batch else jnp.ones(tokens.shape, bool)
-        context = Context(config, real, cache)
+        context = Context(config, real_tokens(batch), cache)
         x = embedded = place_rows(self.embed(tokens, context.positions, under(lora, "embed"), keep), rows)
 
         block_def, stacked = nnx.split(self.layers)

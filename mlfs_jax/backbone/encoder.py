@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from mlfs_jax.backbone.attention import attention
-from mlfs_jax.backbone.layers import ACTIVATIONS, Embed, Linear, Norm, check_context, weight
+from mlfs_jax.backbone.layers import ACTIVATIONS, Embed, Linear, Norm, check_context, real_tokens, weight
 from mlfs_jax.backbone.tree import Mask, Output, place_rows, under
 from mlfs_jax.config import EncoderConfig
 from mlfs_jax.errors import ConfigError
@@ -162,7 +162,7 @@ class Encoder(nnx.Module):
         tokens = batch["input_ids"]
         keep = None if mask is None else mask.embed
         check_context(self.config, tokens)
-        real = batch["attention_mask"].astype(bool) if "attention_mask" in batch else jnp.ones(tokens.shape, bool)
+        real = real_tokens(batch)
         visible = jnp.broadcast_to(real[:, None], (*tokens.shape, tokens.shape[1]))
         x = embedded = place_rows(self.embed(tokens, batch.get("token_type_ids"), under(lora, "embed"), keep), rows)
 

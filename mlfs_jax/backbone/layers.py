@@ -12,7 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from mlfs_jax.config import Config
 from mlfs_jax.errors import ConfigError
@@ -51,6 +51,12 @@ def check_context(config: Config, tokens: Int[Array, "B T"]) -> None:
         raise ConfigError(
             f"a batch of {tokens.shape[1]} tokens: this {config.family} has positions for {config.context}; cut it."
         )
+
+
+def real_tokens(batch: dict) -> Bool[Array, "B T"]:
+    """Which of a batch's tokens are no padding: all, when it has no ``attention_mask``."""
+    mask = batch.get("attention_mask")
+    return jnp.ones(batch["input_ids"].shape, bool) if mask is None else mask.astype(bool)
 
 
 def weight(init, dims: list[tuple[str, int]], rngs: nnx.Rngs, **meta) -> nnx.Param:
