@@ -4,7 +4,6 @@ Each command is a function whose signature tyro turns into flags. Commands impor
 ``mlfs --help`` answers at once; for the same reason this module does without postponed annotations.
 """
 
-import contextlib
 import logging
 import sys
 from collections.abc import Iterable, Sequence
@@ -153,11 +152,8 @@ def _fit_from(chosen: Any, args: Sequence[str] = ()):
         from mlfs_jax.sharding import make_mesh
         from mlfs_jax.train import fit as train
 
-        if hosts.several() and not processes.inside():
-            return processes.supervise([sys.executable, "-m", "mlfs_jax.cli", "fit", *args])
-        with hosts.joined() if hosts.several() else contextlib.nullcontext():
-            train(config, out, mesh=None if mesh is None else make_mesh(mesh))
-        return 0
+        work = lambda: train(config, out, mesh=None if mesh is None else make_mesh(mesh))  # noqa: E731
+        return processes.run_job(hosts, "mlfs_jax.cli", ["fit", *args], work)
 
     return fit
 

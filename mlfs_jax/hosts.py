@@ -190,6 +190,21 @@ def inside() -> bool:
     return _INSIDE in os.environ
 
 
+def run_job(hosts: Hosts, module: str, args: Sequence[str], work: Callable[[], object]) -> int:
+    """Do ``work`` in every process of a job, each under :func:`supervise`; alone where it is the only one.
+
+    Args:
+        module, args: ``python -m module args`` is this command once more.
+
+    Returns the exit code.
+    """
+    if hosts.several() and not inside():
+        return supervise([sys.executable, "-m", module, *args])
+    with hosts.joined() if hosts.several() else contextlib.nullcontext():
+        work()
+    return 0
+
+
 def supervise(command: Sequence[str]) -> int:
     """Run a command in a process of its own, and say in words what ended it; returns its exit code.
 

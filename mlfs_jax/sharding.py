@@ -22,6 +22,7 @@ from mlfs_jax.backbone.cache import Cache
 from mlfs_jax.backbone.tree import flatten, map_named
 from mlfs_jax.data.batches import Batches
 from mlfs_jax.errors import ConfigError, unknown
+from mlfs_jax.hosts import several
 from mlfs_jax.lora import Lora, lora_axes
 
 AXES = ("data", "fsdp", "tensor")
@@ -70,6 +71,11 @@ def make_mesh(spec: str, devices: list | None = None) -> Mesh:
         )
     kinds = (jax.sharding.AxisType.Auto,) * len(AXES)
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=kinds, devices=devices)
+
+
+def mesh_of_job(mesh: Mesh | None) -> Mesh | None:
+    """The mesh that was asked for; where there is none and there are several processes, all weights on each device."""
+    return make_mesh(f"data={jax.device_count()}") if mesh is None and several() else mesh
 
 
 def automatic(mesh: Mesh) -> Mesh:

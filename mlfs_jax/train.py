@@ -31,13 +31,13 @@ from mlfs_jax.distill import DistillConfig, init_projection, task_loss
 from mlfs_jax.errors import MLFSError, RunError
 from mlfs_jax.evaluate import evaluate
 from mlfs_jax.fit_config import FitConfig, from_anywhere
-from mlfs_jax.hosts import decided, is_writer, same_everywhere, several
+from mlfs_jax.hosts import decided, is_writer, same_everywhere
 from mlfs_jax.importance import Order, block_influence, importance_order, measure_importance, reorder, reorder_lora
 from mlfs_jax.lora import Lora, init_lora, load_lora, merge_lora, misfit, save_lora, stack_stages
 from mlfs_jax.model import Model, cast_base, forward
 from mlfs_jax.preemption import Preemption, preemption
 from mlfs_jax.run import Run
-from mlfs_jax.sharding import feed, make_mesh, put, shard_base, shard_lora
+from mlfs_jax.sharding import feed, mesh_of_job, put, shard_base, shard_lora
 from mlfs_jax.slicing import slice_subnet
 from mlfs_jax.stages import Stage
 from mlfs_jax.subnet import SubnetSpace
@@ -204,8 +204,7 @@ def fit(
         MLFSError: a name, file or setting is wrong; the message says which.
     """
     console = console or Console(quiet=not is_writer())
-    if mesh is None and several():
-        mesh = make_mesh(f"data={jax.device_count()}")
+    mesh = mesh_of_job(mesh)
     config = dataclasses.replace(config, model=from_anywhere(config.model), task=from_anywhere(config.task))
     task = config.get_task()
     model = config.load_model(task, mesh)

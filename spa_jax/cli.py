@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from mlfs_jax.errors import ConfigError
 from mlfs_jax.terminal import log_to_stderr, print_json, print_table, run_command, set_up_jax, spinner
 from spa_jax import cli_network
 from spa_jax.options import Flag, RunFolder
@@ -46,15 +47,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(command: str, args: list[str]) -> int:
     if not {"-h", "--help"} & set(args):
         set_up_jax()
-    function = COMMANDS[command] or MADE[command]()
+    function = COMMANDS[command] or MADE[command](args)
     trains = command in MADE
     config = () if trains else (tyro.conf.FlagCreatePairsOff,)
     with log_to_stderr(logging.WARNING if trains else logging.ERROR):
         return tyro.cli(function, prog=f"spa {command}", args=args, config=config) or 0
 
 
-def _fit():
+def _fit(args: Sequence[str] = ()):
+    from mlfs_jax import hosts as processes
     from spa_jax.config import FitConfig
+
+    alone = processes.Hosts()
 
     def fit(
         config: Annotated[FitConfig, tyro.conf.arg(name="")] = FitConfig(model=tyro.MISSING, task=tyro.MISSING),  # noqa: B008
@@ -62,6 +66,7 @@ def _fit():
         out: RunFolder,
         per_user: Annotated[Flag, tyro.conf.FlagCreatePairsOff] = False,
         mesh: str | None = None,
+        hosts: Annotated[processes.Hosts, tyro.conf.arg(name="")] = alone,
     ) -> int:
         """Train a plugin: the side network, then its gate, whose threshold is set for the wanted usage.
 
@@ -77,13 +82,18 @@ def _fit():
         from spa_jax.train import fit as train
         from spa_jax.train import fit_users
 
-        (fit_users if per_user else train)(config, out, mesh=None if mesh is None else make_mesh(mesh))
-        return 0
+        if per_user and hosts.several():
+            raise ConfigError("--per-user trains one plugin after the other in one process: give each host its users.")
+
+        def work() -> None:
+            (fit_users if per_user else train)(config, out, mesh=None if mesh is None else make_mesh(mesh))
+
+        return processes.run_job(hosts, "spa_jax.cli", ["fit", *args], work)
 
     return fit
 
 
-def _baseline():
+def _baseline(_args: Sequence[str] = ()):
     from spa_jax.baselines import BaselineConfig
 
     missing = BaselineConfig(method="lora", model=tyro.MISSING, task=tyro.MISSING)

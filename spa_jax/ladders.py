@@ -14,12 +14,15 @@ from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Int
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Int
 
 from mlfs_jax.data.batches import BUCKETS, eval_batches
 from mlfs_jax.data.encoded import Encoded
+from mlfs_jax.hosts import to_host
 from mlfs_jax.model import Model
 from mlfs_jax.run import write_json
+from mlfs_jax.sharding import beside, put, sharding_of
 from spa_jax.errors import TapCacheError
 from spa_jax.model import cloud_step
 from spa_jax.seam import Frame
@@ -120,8 +123,9 @@ class LadderCache:
             members = order[step : step + GROUP]
             step += GROUP
             if not self.filled[members].all():
-                cloud = cloud_step(self.model.graphdef, self.model.base, {}, None, batch, tapped=self.tapped)
-                taps, hidden = np.asarray(cloud.frame.taps.astype(jnp.float16)), np.asarray(cloud.hidden, np.float32)
+                base = self.model.base
+                cloud = cloud_step(self.model.graphdef, base, {}, None, beside(base, batch), tapped=self.tapped)
+                taps, hidden = to_host(cloud.frame.taps.astype(jnp.float16)), to_host(cloud.hidden.astype(jnp.float32))
                 for b, i in enumerate(members):
                     length = self.tap_at[i + 1] - self.tap_at[i]
                     self.taps[self.tap_at[i] : self.tap_at[i + 1]] = taps[:, b, :length].swapaxes(0, 1)
@@ -156,6 +160,17 @@ class LadderCache:
             real[b, :length] = True
         positions = np.broadcast_to(np.arange(width, dtype=np.int32), real.shape)
         return Frame(taps, np.where(real, positions, 0), real), hidden
+
+
+def spread(mesh: Mesh, frame: Frame, f: np.ndarray) -> tuple[Frame, Array]:
+    """What :meth:`LadderCache.get` gives, each row on the device that has the tokens of its example."""
+
+    def place(x, at: int) -> Array:
+        names = ["batch" if axis == at else "" for axis in range(x.ndim)]
+        return put(x, sharding_of(mesh, tuple(names), x.shape))
+
+    taps, positions, real = place(frame.taps, 1), place(frame.positions, 0), place(frame.real, 0)
+    return Frame(taps, positions, real), place(f, 0)
 
 
 def _offsets(lengths: np.ndarray) -> np.ndarray:

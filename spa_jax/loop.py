@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mlfs_jax.checkpoint import Checkpoints
+from mlfs_jax.hosts import same_everywhere, to_host
 from mlfs_jax.preemption import Preemption
 from mlfs_jax.run import Run
 from mlfs_jax.sharding import put
@@ -39,7 +40,7 @@ def train_loop(
     save_every: int,
     places: TrainState | None = None,
 ) -> Any | None:
-    """The trained ``params``, or None when a signal ended it early (everything is saved).
+    """The trained ``params``, whole in every process, or None when a signal ended it early (everything is saved).
 
     Args:
         label: of the progress bar.
@@ -52,7 +53,9 @@ def train_loop(
     # placed before the first step, as a restored state is: else the step compiles twice
     state: TrainState = put(fresh, places or jax.devices()[0])
     with Checkpoints(run.checkpoints) as checkpoints, progress(console) as bars:
-        if checkpoints.latest() is not None:
+        latest = checkpoints.latest()
+        same_everywhere(f"the newest checkpoint in {run.checkpoints}", latest)
+        if latest is not None:
             state, _ = checkpoints.restore(state)
         first = int(state.step)
         run.rewind(first)
@@ -61,7 +64,7 @@ def train_loop(
         for i in range(first, steps):
             state, loss = step(state, i)
             pending.append((i + 1, loss))
-            stopping = bool(stop)  # once: a signal may come between two looks
+            stopping = stop.at(i + 1)  # once: a signal may come between two looks
             save = stopping or (i + 1) % save_every == 0 or i + 1 == steps
             bars.update(bar, completed=i + 1)
             if save or (i + 1) % LOG_EVERY == 0:
@@ -73,4 +76,4 @@ def train_loop(
                 checkpoints.save(i + 1, state, {"label": label})
             if stopping and i + 1 < steps:
                 return None
-    return jax.tree.map(jnp.asarray, state.params)
+    return jax.tree.map(lambda x: jnp.asarray(to_host(x)), state.params)

@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from mlfs_jax.backbone.tree import flatten
 from mlfs_jax.config import DecoderConfig, Latent, Rope
 from mlfs_jax.errors import ConfigError
+from mlfs_jax.hosts import to_host
 from mlfs_jax.run import write_atomic, write_json
 from spa_jax.errors import PluginError
 from spa_jax.seam import Setting
@@ -45,7 +46,7 @@ def base_fingerprint(config: DecoderConfig, base: Any) -> str:
     for name, leaf in sorted(flatten(base).items()):
         values = leaf[...]
         stride = max(1, values.size // SAMPLED)
-        sample = np.asarray(values.reshape(-1)[::stride].astype(jnp.bfloat16))
+        sample = to_host(values.reshape(-1)[::stride].astype(jnp.bfloat16))
         digest.update(f"{name}{values.shape}".encode() + sample.tobytes())
     return digest.hexdigest()
 

@@ -12,7 +12,9 @@ from jaxtyping import Bool, Float
 
 from mlfs_jax.data.batches import BUCKETS, eval_batches
 from mlfs_jax.data.encoded import Encoded
+from mlfs_jax.hosts import to_host
 from mlfs_jax.model import Model, apply_head
+from mlfs_jax.sharding import beside
 from mlfs_jax.vocab import cross_entropy
 from spa_jax.gate import gate_probability
 from spa_jax.model import cloud_step, mix
@@ -57,8 +59,8 @@ def score_tokens(model: Model, side: Side, setting: str, encoded: Encoded, *, ba
         counts = batch["loss_mask"][:, 1:] > 0
         index = np.argsort(~counts, axis=1, kind="stable")[:, :widest]
         kept = np.take_along_axis(counts, index, 1)
-        out = _score(model.graphdef, model.base, side, batch, index, setting=setting)
-        found.append([np.asarray(x)[kept] for x in out])
+        out = _score(model.graphdef, model.base, side, beside(model.base, batch), index, setting=setting)
+        found.append([to_host(x)[kept] for x in out])
     return TokenScores(*(np.concatenate(column) for column in zip(*found, strict=True)))
 
 

@@ -19,6 +19,7 @@ from jaxtyping import Array, Int
 from mlfs_jax.backbone.tree import flatten
 from mlfs_jax.config import DecoderConfig
 from mlfs_jax.errors import ConfigError
+from mlfs_jax.hosts import to_host
 from mlfs_jax.importance import Importance
 from mlfs_jax.model import Model
 from spa_jax.gate import init_gate
@@ -92,7 +93,7 @@ def slice_backbone(model: Model, config: SideConfig, importance: Importance) -> 
     cut = {}
     for name, leaf in flatten(model.base).items():
         if name.startswith("layers.") or name.startswith("norm."):
-            cut[name] = jnp.asarray(_take(np.asarray(leaf[...], np.float32), leaf.axes, keep))
+            cut[name] = jnp.asarray(_take(to_host(leaf[...]).astype(np.float32, copy=False), leaf.axes, keep))
     select = np.zeros((backbone.embed, config.width), np.float32)
     select[keep["embed"], np.arange(config.width)] = 1
     cut["down.kernel"] = jnp.broadcast_to(jnp.asarray(select), (blocks.layers + 1, *select.shape))

@@ -30,23 +30,24 @@ from mlfs_jax.checkpoint import Checkpoints
 from mlfs_jax.data.batches import Batches
 from mlfs_jax.data.encode import Encoded, fingerprint
 from mlfs_jax.errors import ConfigError
+from mlfs_jax.hosts import by_writer, decided, is_writer, several
 from mlfs_jax.importance import Importance, measure_importance
 from mlfs_jax.model import Model
 from mlfs_jax.model import forward as forward_base
 from mlfs_jax.preemption import Preemption, preemption
 from mlfs_jax.registry import cache_dir
 from mlfs_jax.run import Run
-from mlfs_jax.sharding import feed, mesh_of, replicated, shard_base, state_shardings
+from mlfs_jax.sharding import feed, mesh_of, mesh_of_job, replicated, shard_base, state_shardings
 from mlfs_jax.supernet import TrainState
 from mlfs_jax.vocab import CHUNK, Hidden, lm_loss
 from spa_jax.config import FIT, FitConfig, from_json
 from spa_jax.decode import rates
 from spa_jax.gate import ALWAYS, calibration_curve, choose_threshold
 from spa_jax.gate_fit import fit_gate
-from spa_jax.ladders import LadderCache
+from spa_jax.ladders import LadderCache, spread
 from spa_jax.loop import progress, train_loop
 from spa_jax.model import cloud_step
-from spa_jax.plugin import WEIGHTS, Plugin, base_fingerprint, load_plugin, save_plugin, tokenizer_fingerprint
+from spa_jax.plugin import Plugin, base_fingerprint, load_plugin, save_plugin, tokenizer_fingerprint
 from spa_jax.score import TokenScores, score_tokens
 from spa_jax.seam import Frame, Setting
 from spa_jax.side import Side, device_step, side_axes
@@ -141,7 +142,8 @@ def fit(
 
     Args:
         model: the base, if it is loaded already.
-        mesh: devices to spread over, see :func:`mlfs_jax.make_mesh`; a run may go on with another one.
+        mesh: devices to spread over, see :func:`mlfs_jax.make_mesh`; a run may go on with another one. Several
+            processes (:mod:`mlfs_jax.hosts`) all call this; without a mesh each device has all weights.
 
     Returns None when SIGTERM ended it early; Ctrl-C raises KeyboardInterrupt. All is saved, and the same call goes on.
 
@@ -149,8 +151,10 @@ def fit(
         RunError: ``out`` holds another run.
         MLFSError: a name, file or setting is wrong; the message says which.
     """
-    console = console or Console()
+    console, mesh = console or Console(quiet=not is_writer()), mesh_of_job(mesh)
     config = config.anywhere()
+    if config.cache_taps == "disk" and several():
+        raise ConfigError("cache_taps = 'disk': several processes would write one folder; give 'ram', or 'off'.")
     task = config.get_task()
     model = model or config.load_model(mesh)
     if mesh is not None and mesh_of(model.base) is None:
@@ -171,9 +175,13 @@ def fit(
             stop.announce(console)
             return None
         plugin, result = _finish(config, model, side, for_gate, data["validation"].subset(config.calibration_examples))
-        save_plugin(run.path, plugin)
-        shutil.rmtree(run.path / "taps", ignore_errors=True)
-        run.finish(params=side.num_params, bytes=(run.path / WEIGHTS).stat().st_size, **result)
+
+        def write() -> None:
+            file = save_plugin(run.path, plugin)
+            shutil.rmtree(run.path / "taps", ignore_errors=True)
+            run.finish(params=side.num_params, bytes=file.stat().st_size, **result)
+
+        by_writer(write)
         console.print(", ".join(f"{name} {value:.3f}" for name, value in result.items()))
     return Fitted(config, model, plugin)
 
@@ -188,7 +196,7 @@ def _train_side(
     console: Console,
 ) -> Side | None:
     root, setting = jax.random.key(config.seed), Setting.parse(config.setting)
-    started = Checkpoints(run.checkpoints).latest() is not None  # a start that is replaced need not be measured
+    started = decided(Checkpoints(run.checkpoints).latest() is not None)  # a start that is replaced is not measured
     importance = importance_of(config, model, train) if config.sliced and not started else None
     side = init_side(
         root, model.decoder, config.side, setting=setting, model=model if importance else None, importance=importance
@@ -208,7 +216,9 @@ def _train_side(
     trainer = SideTrainer(model.graphdef, side, setting, config.optimizer, places=places)
 
     def step(state: TrainState, i: int):
-        ladders = None if cache is None else cache.get(batches.rows(i), batches.width(i))
+        ladders: Any = None if cache is None else cache.get(batches.rows(i), batches.width(i))
+        if ladders is not None and mesh is not None:
+            ladders = spread(mesh, *ladders)
         return trainer.step(state, model.base, batch_at(i), ladders, jax.random.fold_in(root, i))
 
     net = train_loop(
@@ -251,7 +261,7 @@ def importance_of(config: FitConfig, model: Model, train: Encoded) -> Importance
     part = train.subset(config.importance_examples)
     name = base_fingerprint(model.decoder, model.base)[:16] + fingerprint({"train": part})[:16]
     file = cache_dir() / "importance" / f"{name}.npz"
-    if file.exists():
+    if file.exists() and not several():  # of several processes, one may not have it
         with np.load(file) as saved:
             return Importance(**saved)
 
@@ -261,10 +271,11 @@ def importance_of(config: FitConfig, model: Model, train: Encoded) -> Importance
 
     batches = Batches(part, min(8, len(part)), buckets=config.buckets, window=1000)
     importance = measure_importance(model, map(batches.__getitem__, range(batches.epoch_steps)), loss)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part_file = file.with_suffix(".tmp.npz")
-    np.savez(part_file, **dataclasses.asdict(importance))
-    part_file.replace(file)
+    if is_writer():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part_file = file.with_suffix(".tmp.npz")
+        np.savez(part_file, **dataclasses.asdict(importance))
+        part_file.replace(file)
     return importance
 
 

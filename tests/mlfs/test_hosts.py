@@ -1,13 +1,8 @@
 """Two real processes on this machine: the run of one process, also when one of them dies half way."""
 
-import contextlib
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +12,9 @@ from mlfs_jax.cli import main
 from mlfs_jax.errors import ConfigError
 from mlfs_jax.hosts import LOST, Hosts
 from mlfs_jax.run import Run
-from tests.virtual_devices import virtual_devices
+from tests.two_processes import HEARTBEAT, ended, two, wait_for_steps
 
-ROOT = Path(__file__).resolve().parents[2]
-HEARTBEAT = 5
+CLI = "mlfs_jax.cli"
 
 
 @pytest.fixture(scope="module")
@@ -49,44 +43,6 @@ def losses(run: Path) -> np.ndarray:
     return np.concatenate([row["losses"] for row in history])
 
 
-@contextlib.contextmanager
-def two(arguments, cache: Path, devices: int = 1, cluster: dict | None = None):
-    """Two processes of one command; ``cluster``: environment that says who they are, instead of flags."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # programs are compiled once: process 0 leaves them to the next start
-    env = virtual_devices(devices) | {
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    each = []
-    for i in range(2):
-        command = [sys.executable, "-m", "mlfs_jax.cli", *arguments, "--heartbeat", str(HEARTBEAT)]
-        if cluster is None:
-            command += f"--coordinator 127.0.0.1:{port} --num-processes 2 --process-id {i}".split()
-        mine = {name: value.format(i=i) for name, value in (cluster or {}).items()}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        each.append(subprocess.Popen(command, env=env | mine, **pipes))
-    try:
-        yield each
-    finally:
-        for process in each:
-            process.kill()
-
-
-def ended(process, timeout: float = 250) -> tuple[int, str]:
-    out, err = process.communicate(timeout=timeout)
-    return process.returncode, out + err
-
-
-def wait_for_steps(run: Path, steps: int, processes) -> None:
-    log = run / "metrics.jsonl"
-    while not log.exists() or len(log.read_bytes().splitlines()) < steps:
-        assert all(p.poll() is None for p in processes), [ended(p) for p in processes]
-        time.sleep(0.02)
-
-
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("xla")
@@ -97,7 +53,7 @@ def test_one_is_killed_the_other_says_so_and_the_restarted_job_ends_with_the_sam
     plain, alone, cache, tmp_path, victim
 ):
     run = tmp_path / "run"
-    with two([*plain, "--out", str(run)], cache) as processes:
+    with two(CLI, [*plain, "--out", str(run)], cache) as processes:
         wait_for_steps(run, 10, processes)
         processes[victim].kill()
         code, said = ended(processes[1 - victim], timeout=HEARTBEAT + 60)
@@ -109,7 +65,7 @@ def test_one_is_killed_the_other_says_so_and_the_restarted_job_ends_with_the_sam
     assert not Run.open(run).finished
     if victim == 0:
         return  # one restart is enough
-    with two([*plain, "--out", str(run)], cache) as processes:
+    with two(CLI, [*plain, "--out", str(run)], cache) as processes:
         for code, said in map(ended, processes):
             assert code == 0, said
     np.testing.assert_allclose(losses(run), alone, rtol=1e-5)
@@ -117,7 +73,7 @@ def test_one_is_killed_the_other_says_so_and_the_restarted_job_ends_with_the_sam
 
 def test_sigterm_to_one_stops_both_after_the_same_step_and_one_process_goes_on(plain, alone, cache, tmp_path):
     run = tmp_path / "run"
-    with two([*plain, "--out", str(run)], cache) as processes:
+    with two(CLI, [*plain, "--out", str(run)], cache) as processes:
         wait_for_steps(run, 10, processes)
         processes[1].send_signal(signal.SIGTERM)
         for code, said in map(ended, processes):
@@ -134,7 +90,7 @@ def test_stages_order_and_split_weights_on_two_hosts_that_slurm_has_started(flag
     slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
     slurm |= {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1", "SLURM_PROCID": "{i}", "SLURM_LOCALID": "{i}"}
     run = tmp_path / "two"
-    with two([*flags, "--out", str(run), "--mesh", "data=2,fsdp=2"], cache, devices=2, cluster=slurm) as processes:
+    with two(CLI, [*flags, "--out", str(run), "--mesh", "data=2,fsdp=2"], cache, devices=2, cluster=slurm) as processes:
         (code, said), (other, more) = map(ended, processes)
     assert code == other == 0, (said, more)
     assert "stage1 done" in said and "stage1 done" not in more  # one of them speaks
@@ -148,7 +104,7 @@ def test_a_mistake_of_one_ends_both(plain, cache, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "thesis.tex").write_text("mine")
-    with two([*plain, "--out", str(run)], cache) as processes:
+    with two(CLI, [*plain, "--out", str(run)], cache) as processes:
         for code, said in map(ended, processes):
             assert code in (2, LOST) and "error: " in said and "Traceback" not in said, said
             assert "other files (thesis.tex)" in said or code == LOST, said
@@ -156,7 +112,7 @@ def test_a_mistake_of_one_ends_both(plain, cache, tmp_path):
 
 
 def test_one_that_waits_alone_says_so(plain, cache, tmp_path):
-    with two([*plain, "--out", str(tmp_path / "run"), "--wait", "3"], cache) as processes:
+    with two(CLI, [*plain, "--out", str(tmp_path / "run"), "--wait", "3"], cache) as processes:
         processes[0].kill()
         code, said = ended(processes[1], timeout=120)
     assert code == LOST and "not all processes of this job came" in said and "absl::" not in said, said

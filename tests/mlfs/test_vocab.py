@@ -65,7 +65,7 @@ def test_distillation_equals_the_naive_sum(case, alpha, keep):
         return lm_distill_loss(of(x), target, batch, config, chunk=5)
 
     value, (grad, to_teacher) = jax.value_and_grad(found, (0, 1))(states, teacher)
-    np.testing.assert_allclose(value, wanted(states), rtol=1e-5)
+    np.testing.assert_allclose(value, wanted(states), rtol=1e-5, atol=1e-6)  # a difference of sums of some nats
     np.testing.assert_allclose(grad, jax.grad(wanted)(states), atol=1e-6)
     assert not to_teacher.any()
 
