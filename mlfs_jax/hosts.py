@@ -194,7 +194,7 @@ def run_job(hosts: Hosts, module: str, args: Sequence[str], work: Callable[[], o
     """Do ``work`` in every process of a job, each under :func:`supervise`; alone where it is the only one.
 
     Args:
-        module, args: ``python -m module args`` is this command once more.
+        module: with ``args``, this command once more: ``python -m module args``.
 
     Returns the exit code.
     """
