@@ -167,7 +167,8 @@ class Bench:
         full = self.preset.train or len(self.data["train"])
         size = round(share * full)
         steps = max(20, round(0.85 * size) // self.preset.batch_size * self.preset.epochs)
-        return {"limit": size, "steps": steps, "cache_taps": "off" if self.preset.cache == "off" else "ram"}
+        cached = "off" if self.preset.cache == "off" else "ram"
+        return {"limit": size, "steps": steps, "cache_taps": cached, "taps_folder": None}
 
 
 def prompting(bench: Bench, method: str) -> dict:

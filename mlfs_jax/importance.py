@@ -94,7 +94,7 @@ def measure_importance(
 
     total = None
     for batch in batches:
-        new = jax.tree.map(to_host, scores(model.base, beside(model.base, batch)))
+        new = jax.tree.map(lambda x: to_host(x).astype(np.float32), scores(model.base, beside(model.base, batch)))
         total = new if total is None else jax.tree.map(np.add, total, new)
     return Importance(**total)
 

@@ -114,14 +114,16 @@ class Run:
           RunError: there is no such folder, it holds no run, one of another kind, or (with `finished`) one without a
             result.
         """
-        path = Path(path).absolute()
+        path, made = Path(path).absolute(), kinds[0] if kinds else "mlfs fit"
         if not path.is_dir():
-            raise RunError(f"there is no run folder {path}: give the folder that `mlfs fit --out` wrote")
+            raise RunError(f"there is no run folder {path}: give the folder that `{made} --out` wrote")
         run = cls(path, _read_info(path), lock=None, resumed=True)
         if kinds and run.kind not in (None, *kinds):
             raise RunError(f"{path} is a run of `{run.kind}`: expected one of `{'` or `'.join(kinds)}`.")
         if finished and not run.finished:
-            raise RunError(f"the run in {path} is not finished: run the same `mlfs fit` again to continue it")
+            raise RunError(
+                f"the run in {path} is not finished: run the same `{run.kind or 'mlfs fit'}` again to continue it"
+            )
         return run
 
     @property

@@ -89,6 +89,11 @@ class BaselineConfig:
             raise ConfigError(
                 f"unique = {self.unique}, repeats = {self.repeats}, params = {self.params}: expected at least 1."
             )
+        if self.method == "lst" and (self.base_bits != 32 or self.params is not None):
+            raise ConfigError(
+                f"method = 'lst', base_bits = {self.base_bits}, params = {self.params}: LST is the default side "
+                "network over the base as it is; leave both out."
+            )
         _ = self.fit_config  # its errors, now
 
     @property

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from mlfs_jax.errors import ConfigError
+from mlfs_jax.errors import ConfigError, UnknownNameError
 from mlfs_jax.terminal import log_to_stderr, print_json, print_table, run_command, set_up_jax, spinner
 from spa_jax import cli_network
 from spa_jax.options import Flag, RunFolder
@@ -83,7 +83,7 @@ def _fit(args: Sequence[str] = ()):
         from spa_jax.train import fit_users
 
         if per_user and hosts.several():
-            raise ConfigError("--per-user trains one plugin after the other in one process: give each host its users.")
+            raise ConfigError("--per-user is for one process: give each host its own, --user NAME --coordinator none.")
 
         def work() -> None:
             (fit_users if per_user else train)(config, out, mesh=None if mesh is None else make_mesh(mesh))
@@ -154,22 +154,29 @@ def evaluate(
     if usage is not None:
         check_usage(usage)
     if curve is not None:
+        if usage is not None or setting is not None:
+            raise ConfigError("--curve draws several usages of the run's own setting: leave --usage and --setting out.")
         return _draw_curve(run, curve, split, beams, limit, batch_size, json)
     users = sorted(folder for folder in run.glob("*/") if (folder / "plugin.json").exists())
     folders = users if users and not (run / "run.json").exists() else [run]
     results: dict[str, dict[str, float]] = {}
     with spinner() as advance:
         for folder in folders:
-            results[folder.name] = evaluate_run(
-                folder,
-                usage=usage,
-                setting=setting,
-                split=split,
-                beams=beams,
-                limit=limit,
-                batch_size=batch_size,
-                advance=partial(lambda name, doing: advance(f"{name}: {doing}"), folder.name),
-            )
+            try:
+                results[folder.name] = evaluate_run(
+                    folder,
+                    usage=usage,
+                    setting=setting,
+                    split=split,
+                    beams=beams,
+                    limit=limit,
+                    batch_size=batch_size,
+                    advance=partial(lambda name, doing: advance(f"{name}: {doing}"), folder.name),
+                )
+            except UnknownNameError as e:  # a user may have no example in a small split
+                if folder is folders[-1] and not results:
+                    raise
+                print(f"{folder.name} is left out: {e}", file=sys.stderr)
     if json:
         print_json(results if folders is users else results[run.name])
         return

@@ -75,6 +75,10 @@ class Kit:
             raise ConfigError("public-gate: the cloud finds a gate by the Down beside it; give --project cloud, too.")
         self.options = options
         self.plugin = load_plugin(options.plugin)
+        if options.budget is not None and not self.plugin.setting.gated:
+            raise ConfigError(
+                f"budget: this plugin's setting is {self.plugin.setting}, which has no gate to hold back."
+            )
         folder = options.tokenizer or _model_folder(options.plugin)
         if tokenizer_fingerprint(folder) != self.plugin.tokenizer:
             raise PluginError(f"this plugin was made with another tokenizer than the one in {folder}.")
@@ -105,7 +109,9 @@ class Kit:
         return Device(options.server, self.model, token=token, config=config, fallback=self.fallback)
 
     def encode(self, text: str, *, first: bool = True) -> list[int]:
-        ids = self.tokenizer.encode(text, add_special_tokens=first).ids
+        from mlfs_jax.data.tokenizer import utf8
+
+        ids = self.tokenizer.encode(utf8(text), add_special_tokens=first).ids
         if not ids:
             raise ConfigError(f"prompt = {text!r} is no token: expected some text.")
         return ids

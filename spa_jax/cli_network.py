@@ -39,7 +39,7 @@ def serve(
     tls_cert: Path | None = None,
     tls_key: Path | None = None,
     slots: int = 8,
-    context: int = 1024,
+    context: int | None = None,
     mesh: str | None = None,
     public: tuple[Path, ...] = (),
     frame_mb: float = 4.0,
@@ -55,7 +55,7 @@ def serve(
         tls_cert: PEM file; with tls-key.
         tls_key: PEM file; with tls-cert.
         slots: sessions at a time; memory is taken for all of them at once, and printed.
-        context: tokens that a session may hold.
+        context: tokens that a session may hold; the default is 1024, or as many as the model has positions for.
         mesh: spread the base over devices, like tensor=2.
         public: files of `spa publish`, so that activations can come down projected.
         frame_mb: larger frames are refused.
@@ -89,6 +89,7 @@ def serve(
         advance("loading the base")
         base = from_pretrained(model)
         places = None if mesh is None else make_mesh(mesh)
+        context = context or min(1024, base.decoder.max_positions)
         served = DecoderCloud(base, slots=slots, context=context, public=parts, mesh=places)
         cloud = Cloud(served, config, token=token)
         advance("compiling")
@@ -153,9 +154,7 @@ def latency(
         raise ConfigError(f"tokens = {tokens}: expected at least {least} to measure.")
     if not 0 <= usage <= 1:
         raise ConfigError(f"usage = {usage}: expected a share of the tokens, between 0 and 1.")
-    for name, ms in (("cloud-ms", cloud_ms), ("device-ms", device_ms)):
-        if ms is not None and not 0 <= ms < float("inf"):
-            raise ConfigError(f"{name} = {ms}: expected ms, at least 0.")
+    check_times(cloud_ms, device_ms)
     links = [Link(r, b, jitter, loss) for r in numbers(rtt, "rtt") for b in numbers(bandwidth, "bandwidth")]
     shape, memory = LLAMA_7B, "stateless"
     with spinner() as advance:
@@ -199,6 +198,12 @@ def latency(
         print(f"wrote {png}")
 
 
+def check_times(cloud_ms: float | None, device_ms: float | None) -> None:
+    for name, ms in (("cloud-ms", cloud_ms), ("device-ms", device_ms)):
+        if ms is not None and not 0 <= ms < float("inf"):
+            raise ConfigError(f"{name} = {ms}: expected ms, at least 0.")
+
+
 def calibrate(
     run: RunFolder,
     /,
@@ -232,6 +237,7 @@ def calibrate(
     from spa_jax.network import Link, Shape, methods
     from spa_jax.plugin import load_plugin, save_plugin
 
+    check_times(cloud_ms, device_ms)
     plugin, link, wanted = load_plugin(run), Link(rtt, bandwidth), budget_ms(budget)
     if not plugin.setting.gated:
         raise ConfigError(f"{run} is a plugin of the setting {plugin.setting}: it has no gate to calibrate.")
@@ -249,7 +255,8 @@ def calibrate(
     lazy = side.config.memory == "lazy"
     down_ms = link.exchange_ms(spa.down) - link.exchange_ms(0) if lazy else 0.0
     exchange = device_ms + link.exchange_ms(spa.up if lazy else spa.down + spa.up)
-    usage = min(max((wanted - cloud_ms - down_ms) / exchange, 0.0), 1.0)
+    left = wanted - cloud_ms - down_ms
+    usage = min(max(left / exchange, 0.0), 1.0) if exchange else float(left >= 0)
     cost = lambda usage: cloud_ms + (down_ms + usage * exchange if usage else 0.0)  # noqa: E731
     threshold = plugin.threshold_for(usage)
     save_plugin(run, plugin.replace(threshold=threshold, usage=usage))

@@ -73,7 +73,7 @@ class CloudConfig:
 
     def __post_init__(self):
         for name in ("hello_s", "reply_s", "send_s", "queue_s", "idle_s", "linger_s"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} = {getattr(self, name)}: expected seconds, more than 0.")
         if not 0 <= self.port < 2**16:
             raise ConfigError(f"port = {self.port}: expected a number from 0 (any free one) to {2**16 - 1}.")

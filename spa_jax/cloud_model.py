@@ -63,8 +63,8 @@ class DecoderCloud:
         config = model.decoder
         if min(slots, context, chunk) < 1:
             raise ConfigError(f"slots = {slots}, context = {context}, chunk = {chunk}: expected at least 1 of each.")
-        if config.positions == "learned" and context > config.max_positions:
-            raise ConfigError(f"context = {context}: this model has {config.max_positions} positions.")
+        if config.positions != "alibi" and context > config.max_positions:
+            raise ConfigError(f"context = {context}: this model has {config.max_positions} positions; give fewer.")
         self.fingerprint = base_fingerprint(config, model.base)
         self.vocab, self.embed, self.layers = config.vocab_size, config.embed, config.layers
         self.slots, self.context, self.chunk = slots, context, chunk

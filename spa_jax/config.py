@@ -101,6 +101,8 @@ class FitConfig:
             )
         if self.cache_taps not in TAPS:
             raise ConfigError(f"cache_taps = {self.cache_taps!r}: expected one of {', '.join(TAPS)}.")
+        if self.taps_folder is not None and self.cache_taps != "disk":
+            raise ConfigError(f"taps_folder = {self.taps_folder!r} needs cache_taps = 'disk', got {self.cache_taps!r}.")
         if self.user is not None and not self.user.strip():
             raise ConfigError("user is empty: name the user whose examples the plugin is made of, or leave user out.")
 
@@ -131,9 +133,19 @@ class FitConfig:
         return from_pretrained(self.model, head="lm", sharding=None if mesh is None else partial(sharding_of, mesh))
 
     def load_data(self, task: Task, model: Model) -> dict[str, Encoded]:
-        """The task, encoded by the tokenizer in the model's folder; of one user, if one is named."""
+        """The task, encoded by the tokenizer in the model's folder; of one user, if one is named: his splits.
+
+        Raises:
+            UnknownNameError: the user has no training examples. ConfigError: none to choose a threshold on.
+        """
         data = load_task(task, model.source, max_length=self.max_length, limit=self.limit)
-        return data if self.user is None else {split: encoded.of_user(self.user) for split, encoded in data.items()}
+        if self.user is None:
+            return data
+        data["train"].of_user(self.user)
+        his = {split: part.of_user(self.user) for split, part in data.items() if self.user in (part.users or ())}
+        if "validation" not in his:
+            raise ConfigError(f"user {self.user!r} has no validation examples, to choose a threshold on; give some.")
+        return his
 
     def split(self, train: Encoded) -> tuple[Encoded, Encoded | None]:
         """Training examples of the side network and, for a gated setting, of the gate; the same for every seed."""

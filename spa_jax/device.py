@@ -127,13 +127,15 @@ class Device:
         if self._busy:
             raise ConfigError("this device is writing a text: wait for its end, or make another Device for this one.")
         answer, begin = Answer(), time.perf_counter()
-        text = _Text(list(tokens), limit, np.asarray(stop, np.int32), on_token, answer)
+        ends = np.asarray(stop) if len(stop) else np.zeros(0, np.int32)
+        text = _Text(list(tokens), limit, ends, on_token, answer)
         if not text.prompt:
             raise ConfigError("tokens is empty: expected at least one, such as the beginning-of-text token.")
         try:
             encode(Prefill(np.asarray(text.prompt), limit, text.stop))
         except WireError as error:
             raise ConfigError(f"this text cannot be asked for: {error}") from None
+        answer.stats.rtt = self._channel.stats.rtt  # of the connection, if it still is there
         self._channel.stats, self._busy = answer.stats, True
         self.history += text.prompt
         try:

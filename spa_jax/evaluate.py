@@ -9,7 +9,7 @@ import numpy as np
 
 from mlfs_jax.data.batches import prompt_batches
 from mlfs_jax.data.encode import Encoded, load_tokenizer
-from mlfs_jax.errors import ConfigError
+from mlfs_jax.errors import ConfigError, unknown
 from mlfs_jax.generate import GenerateConfig
 from mlfs_jax.generate import generate as generate_base
 from mlfs_jax.generate.session import as_rows
@@ -118,6 +118,7 @@ def evaluate_run(
 
     Raises:
         RunError: no finished run. ConfigError: a usage outside [0, 1], or of a setting without a gate.
+        UnknownNameError: the task, or this user of it, has no such split.
     """
     if "method" in Run.open(path, finished=True, kinds=(FIT, BASELINE)).config:
         if usage is not None or setting is not None:
@@ -144,11 +145,11 @@ def evaluate_run(
 
 
 def load_split(fitted: Fitted, split: str = SPLIT, limit: int | None = None) -> Encoded:
-    """The examples of a run's task that it is evaluated on; raises ConfigError for a split that there is not."""
+    """The examples of a run's task that it is evaluated on; raises UnknownNameError for a split that there is not."""
     return _split(fitted.config.load_data(fitted.config.get_task(), fitted.model), split, limit)
 
 
 def _split(data: dict[str, Encoded], split: str, limit: int | None) -> Encoded:
     if split not in data:
-        raise ConfigError(f"split = {split!r}: this task has {', '.join(data)}.")
+        raise unknown("split", split, data)
     return data[split] if limit is None else data[split].subset(limit)

@@ -127,6 +127,8 @@ def calibration_curve(
         threshold = choose_threshold(probabilities, float(wanted))
         if threshold == NEVER:  # the lowest one that none of these reaches: other usages are interpolated from it
             threshold = float(np.nextafter(np.float32(np.max(probabilities)), np.float32(NEVER)))
+        elif threshold == ALWAYS:  # the highest one that all of these reach
+            threshold = float(np.min(probabilities))
         used = np.asarray(probabilities) >= threshold
         best = np.mean(base_nll) - gain[: int(used.sum())].sum() / len(gain)
         loss = float(np.where(used, side_nll, base_nll).mean())

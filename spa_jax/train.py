@@ -11,6 +11,7 @@ side network has not seen; then its threshold, on the validation split.
 from __future__ import annotations
 
 import dataclasses
+import io
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,15 +30,15 @@ from rich.console import Console
 from mlfs_jax.checkpoint import Checkpoints
 from mlfs_jax.data.batches import Batches
 from mlfs_jax.data.encode import Encoded, fingerprint
-from mlfs_jax.errors import ConfigError
+from mlfs_jax.errors import ConfigError, some
 from mlfs_jax.hosts import by_writer, decided, is_writer, several
 from mlfs_jax.importance import Importance, measure_importance
 from mlfs_jax.model import Model
 from mlfs_jax.model import forward as forward_base
 from mlfs_jax.preemption import Preemption, preemption
 from mlfs_jax.registry import cache_dir
-from mlfs_jax.run import Run
-from mlfs_jax.sharding import feed, mesh_of, mesh_of_job, replicated, shard_base, state_shardings
+from mlfs_jax.run import Run, write_atomic
+from mlfs_jax.sharding import check_rows, feed, mesh_of, mesh_of_job, replicated, shard_base, state_shardings
 from mlfs_jax.supernet import TrainState
 from mlfs_jax.vocab import CHUNK, Hidden, lm_loss
 from spa_jax.config import FIT, FitConfig, from_json
@@ -163,8 +164,7 @@ def fit(
     config.side.resolve(model.decoder)  # what is wrong is said before the folder is made
     data = config.load_data(task, model)
     for_side, for_gate = config.split(data["train"])
-    if not len(for_side):
-        raise ConfigError(f"{len(data['train'])} training examples leave none for the side network: give more.")
+    _batch_size(config, for_side, mesh)
     saved = {**dataclasses.asdict(config), "data": fingerprint(data)}
     with preemption() as stop, Run.create_or_resume(out, saved, kind=FIT) as run:
         if run.finished:
@@ -201,7 +201,7 @@ def _train_side(
     side = init_side(
         root, model.decoder, config.side, setting=setting, model=model if importance else None, importance=importance
     )
-    batches = Batches(train, min(config.batch_size, len(train)), seed=config.seed, buckets=config.buckets)
+    batches = Batches(train, _batch_size(config, train, mesh), seed=config.seed, buckets=config.buckets)
     cache = None
     if config.cache_taps != "off":
         cache = _fill_cache(config, model, side, train, batches, run, stop, console)
@@ -234,6 +234,21 @@ def _train_side(
         places=places,
     )
     return None if net is None else side.replace(net=net)
+
+
+def _batch_size(config: FitConfig, train: Encoded, mesh: Mesh | None) -> int:
+    """Examples of a step: fewer than asked for where there are fewer; as many for each device."""
+    places = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    if len(train) < places:
+        raise ConfigError(
+            f"{len(train)} training examples for the side network (the gate has others): expected at least {places}, "
+            "one for each device; give more."
+        )
+    if config.batch_size > len(train):
+        return len(train) // places * places
+    if mesh is not None:
+        check_rows(mesh, config.batch_size)
+    return config.batch_size
 
 
 def _fill_cache(config, model, side, train, batches, run, stop, console) -> LadderCache | None:
@@ -273,9 +288,9 @@ def importance_of(config: FitConfig, model: Model, train: Encoded) -> Importance
     importance = measure_importance(model, map(batches.__getitem__, range(batches.epoch_steps)), loss)
     if is_writer():
         file.parent.mkdir(parents=True, exist_ok=True)
-        part_file = file.with_suffix(".tmp.npz")
-        np.savez(part_file, **dataclasses.asdict(importance))
-        part_file.replace(file)
+        content = io.BytesIO()
+        np.savez(content, **dataclasses.asdict(importance))
+        write_atomic(file, content.getvalue())
     return importance
 
 
@@ -332,9 +347,13 @@ def fit_users(
     if not users:
         raise ConfigError(f"{config.task} has no users with training and validation examples: leave --per-user out.")
     fitted = {}
+    if alone := {user for split in data.values() for user in split.users or ()} - {*users}:
+        console.print(f"left out, without training or without validation examples: {some(sorted(alone))}")
     for user in users:
         console.print(f"[bold]{user}")
-        found = fit(dataclasses.replace(config, user=user), Path(out) / folder_of(user), model=model, console=console)
+        folder, taps = folder_of(user), config.taps_folder
+        own = dataclasses.replace(config, user=user, taps_folder=taps and str(Path(taps) / folder))
+        found = fit(own, Path(out) / folder, model=model, console=console)
         if found is None:
             return None
         fitted[user] = found

@@ -155,8 +155,7 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Token:
-    """Cloud: the next token of the text, and what comes after it (ENDS). Not sent for what the device chose itself,
-    unless it was the last."""
+    """Cloud: the next token of the text, and what comes after it (ENDS). Not sent for what the device chose itself."""
 
     token: Annotated[int, Whole()]
     end: Annotated[str, OneOf(ENDS)]

@@ -36,6 +36,15 @@ def load_tokenizer(model_dir: str | Path):
     return tokenizer
 
 
+def utf8(text: str) -> str:
+    """What a person typed; raises `ConfigError` where its bytes were no UTF-8, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"prompt = {text!r}: expected text in UTF-8.") from None
+    return text
+
+
 def model_config(model_dir: str | Path) -> dict:
     """config.json of a model folder."""
     file = Path(model_dir) / "config.json"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from jaxtyping import Array
 
 from mlfs_jax.backbone.tree import Mask
-from mlfs_jax.data.tokenizer import load_tokenizer, prefix_of
+from mlfs_jax.data.tokenizer import load_tokenizer, prefix_of, utf8
 from mlfs_jax.errors import DataError
 from mlfs_jax.generate.sampling import GREEDY, GenerateConfig
 from mlfs_jax.generate.session import generate, stream
@@ -67,7 +67,7 @@ def _encode(model: Model, texts: Sequence[str], chat: bool):
     prefix = () if chat else prefix_of(tokenizer)  # a template says for itself what a prompt begins with
     if chat:
         texts = _as_chats(model, texts)
-    return tokenizer, [[*prefix, *tokenizer.encode(text, add_special_tokens=False).ids] for text in texts]
+    return tokenizer, [[*prefix, *tokenizer.encode(utf8(text), add_special_tokens=False).ids] for text in texts]
 
 
 def _as_chats(model: Model, texts: Sequence[str]) -> list[str]:

@@ -164,6 +164,8 @@ def test_serve_refuses(tiny_lm, tmp_path, capsys):
     assert "give a token that devices have to know" in capsys.readouterr().err
     assert main(f"serve --model {tiny_lm} --public {tmp_path / 'no'} --slots 1".split()) == 2
     assert "holds no public Down" in capsys.readouterr().err
+    assert main(f"serve --model {tiny_lm} --slots 1 --context 65".split()) == 2
+    assert "context = 65: this model has 64 positions" in capsys.readouterr().err
     for flags, expected in (("--frame-mb nan", "frame-mb = nan"), ("--port 99999", "port = 99999")):
         assert main(f"serve --model {tiny_lm} {flags}".split()) == 2
         assert f"{expected}: expected" in capsys.readouterr().err
@@ -177,6 +179,15 @@ def test_calibrate_writes_the_plugin(plugin, capsys):
         assert found["usage"] == saved.usage == pytest.approx(usage, abs=0.01)
         assert saved.threshold == found["threshold"]
         assert saved.threshold == (0.0 if usage == 1 else 2.0 if usage == 0 else pytest.approx(1 - usage, abs=0.01))
+    for flags, expected in (
+        ("--cloud-ms=-50", "cloud-ms = -50.0: expected ms"),
+        ("--device-ms=nan", "device-ms = nan"),
+    ):
+        assert main(["calibrate", str(plugin), "--budget", "10", *times, *flags.split()]) == 2
+        assert expected in capsys.readouterr().err
+    free = ["--cloud-ms", "20", "--device-ms", "0", "--rtt", "0", "--bandwidth", "inf", "--json"]
+    assert main(["calibrate", str(plugin), "--budget", "30", *free]) == 0
+    assert json.loads(capsys.readouterr().out)["usage"] == 1
     picture = plugin / "budget.png"
     assert main(["calibrate", str(plugin), "--budget", "10", *times, "--png", str(picture)]) == 0
     assert picture.read_bytes()[:4] == b"\x89PNG"

@@ -59,6 +59,7 @@ def test_who_needs_a_token():
     ("wrong", "expected"),
     [
         ({"port": 0, "reply_s": 0}, "reply_s = 0: expected seconds"),
+        ({"idle_s": float("inf")}, "idle_s = inf: expected seconds"),
         ({"frame_bytes": 10}, "frame_bytes = 10"),
         ({"frame_bytes": 2**31}, "frame_bytes = 2147483648: expected from 1024 to 2147483647"),
         ({"port": -1}, "port = -1: expected a number from 0"),
@@ -279,6 +280,9 @@ def test_a_server_that_does_not_end_a_text_is_stopped():
         (([-1], 5), "prefill.tokens: expected numbers from 0"),
         (([5], 0), "prefill.limit: expected a whole number from 1"),
         (([5], 5, [-1]), "prefill.stop: expected numbers from 0"),
+        (([5], 5, [2**40]), "prefill.stop: expected numbers from 0"),
+        (([5], 5, ["a"]), "prefill.stop: expected int32"),
+        (([5], 5, [2.5]), "prefill.stop: expected int32"),
     ],
 )
 def test_texts_that_cannot_be_asked_for(text, expected):

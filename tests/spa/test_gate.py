@@ -6,7 +6,7 @@ import pytest
 
 from mlfs_jax.errors import ConfigError
 from spa_jax.config import FitConfig
-from spa_jax.gate import calibration_curve, choose_threshold
+from spa_jax.gate import ALWAYS, calibration_curve, choose_threshold
 from spa_jax.gate_fit import GateConfig, fit_gate
 from spa_jax.plugin import Plugin
 from spa_jax.score import TokenScores
@@ -84,3 +84,6 @@ def test_small_usages_come_from_the_probabilities_that_there_are():
     plugin = Plugin(None, Setting.SPA, "base", "tokenizer", calibration=curve)
     for usage in (0.02, 0.04, 0.3):
         assert (p >= plugin.threshold_for(usage)).mean() == pytest.approx(usage, rel=0.5)
+    for usage in (0.96, 0.98):  # nor do large ones become all
+        assert 0.9 < (p >= plugin.threshold_for(usage)).mean() < 1
+    assert plugin.threshold_for(1) == ALWAYS

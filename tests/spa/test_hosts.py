@@ -79,7 +79,8 @@ def test_sigterm_to_one_stops_both_after_the_same_step_and_one_process_goes_on(f
 
 
 @pytest.mark.parametrize(
-    ("flag", "says"), [("--per-user", "give each host its users"), ("--cache-taps=disk", "would write one folder")]
+    ("flag", "says"),
+    [("--per-user", "--user NAME --coordinator none"), ("--cache-taps=disk", "would write one folder")],
 )
 def test_what_several_processes_cannot_do_is_said(flags, cache, tmp_path, flag, says):
     with two(CLI, [*flags, "--out", str(tmp_path / "run"), flag], cache) as processes:

@@ -31,7 +31,7 @@ from tests.spa.runtime import check_no_weights
 from tests.spa.tiny_side import LADDER, PLUGIN, tiny_side
 from tests.virtual_devices import virtual_devices
 
-MODEL = tiny_decoder("llama", max_positions=64)
+MODEL = tiny_decoder("llama", max_positions=128)
 BASE = base_fingerprint(MODEL.config, MODEL.base)
 HEAD = {name: flatten(MODEL.base)[name][...] for name in head_names(MODEL.config)}
 SPARSE = dataclasses.replace(LADDER, memory="sparse")

@@ -1,6 +1,7 @@
 """fit: learns, resumes to the bit, with cached ladders as without, one plugin for each user; mistakes are named."""
 
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
@@ -20,6 +22,7 @@ from mlfs_jax.run import Run
 from spa_jax.baselines import load_baseline
 from spa_jax.config import FitConfig
 from spa_jax.errors import PluginError, TapCacheError
+from spa_jax.evaluate import load_split
 from spa_jax.gate_fit import GateConfig
 from spa_jax.plugin import load_plugin, save_plugin
 from spa_jax.train import SideTrainer, fit, fit_users, load_run
@@ -187,6 +190,34 @@ def test_one_plugin_for_each_user(config, tmp_path):
         fit(dataclasses.replace(config, user="alise"), tmp_path / "alise", console=QUIET)
 
 
+def test_users_with_few_examples(config, tmp_path):
+    """Zoe has none to test on, carol none to choose a threshold on; each of the others has taps of its own."""
+    folder = tmp_path / "task"
+    folder.mkdir()
+    of = {"train": ("alice", "zoe", "carol"), "validation": ("alice", "zoe"), "test": ("alice",)}
+    for split, users in of.items():
+        rows = [{"prompt": f"w{3 + i}", "completion": "w5", "user": user} for user in users for i in range(12)]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = dataclasses.replace(
+        config, task=str(folder), steps=1, cache_taps="disk", taps_folder=str(tmp_path / "taps"), start="sliced"
+    )
+    said = io.StringIO()
+    fitted = fit_users(config, tmp_path / "users", console=Console(file=said))
+    assert {*fitted} == {"alice", "zoe"} and "without validation examples: carol" in said.getvalue()
+    assert {file.name for file in (tmp_path / "taps").iterdir()} == {"alice", "zoe"}
+    with pytest.raises(UnknownNameError, match="unknown split 'test'"):
+        load_split(fitted["zoe"])
+    with pytest.raises(ConfigError, match="user 'carol' has no validation examples"):
+        fit(dataclasses.replace(config, user="carol"), tmp_path / "carol", console=QUIET)
+
+
+def test_a_base_in_bf16_leaves_an_importance_that_others_read(config, tiny_lm, tmp_path):
+    config = dataclasses.replace(config, steps=1, start="sliced")
+    coarse = from_pretrained(tiny_lm, head="lm", dtype=jnp.bfloat16)
+    fit(config, tmp_path / "coarse", model=coarse, console=QUIET)
+    fit(config, tmp_path / "fine", console=QUIET)
+
+
 def test_a_plugin_refuses_what_it_was_not_made_for(config, tiny_lm, tmp_path):
     fitted = fit(dataclasses.replace(config, steps=1, setting="s1"), tmp_path / "run", console=QUIET)
     model, plugin = fitted.model, fitted.plugin
@@ -203,8 +234,6 @@ def test_a_plugin_refuses_what_it_was_not_made_for(config, tiny_lm, tmp_path):
     with pytest.raises(PluginError, match="another tokenizer"):
         plugin.check(model.config, model.base, save_tokenizer(tmp_path / "words", 40))
     # in bf16 it is the same base
-    import jax.numpy as jnp
-
     plugin.check(model.config, from_pretrained(tiny_lm, dtype=jnp.bfloat16).base)
     with pytest.raises(PluginError, match="holds no plugin"):
         load_plugin(tmp_path / "nowhere")
@@ -223,6 +252,7 @@ def test_mistakes_are_named_before_anything_is_written(config, tmp_path):
         (UnknownNameError, "setting 's4'", {"setting": "s4"}),
         (ConfigError, "steps = 0", {"steps": 0}),
         (ConfigError, "cache_taps = 'tape'", {"cache_taps": "tape"}),
+        (ConfigError, "taps_folder = 'taps' needs cache_taps = 'disk'", {"taps_folder": "taps"}),
         (ConfigError, "start = 'sliced' of a plugin", {"start": "sliced", "side": PLUGIN}),
         (ConfigError, "width = 24: expected less", {"side": dataclasses.replace(LADDER, width=24)}),
         (ConfigError, "wiki-topic is a classification task", {"task": "wiki-topic"}),
