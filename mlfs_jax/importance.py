@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from mlfs_jax.backbone.tree import flatten, map_named
 from mlfs_jax.config import Config
+from mlfs_jax.errors import DataError
 from mlfs_jax.hosts import to_host
 from mlfs_jax.lora import Lora, lora_axes
 from mlfs_jax.model import Model, forward
@@ -96,6 +97,8 @@ def measure_importance(
     for batch in batches:
         new = jax.tree.map(lambda x: to_host(x).astype(np.float32), scores(model.base, beside(model.base, batch)))
         total = new if total is None else jax.tree.map(np.add, total, new)
+    if total is None:
+        raise DataError("no batches: expected at least one to measure the importance on.")
     return Importance(**total)
 
 

@@ -55,10 +55,13 @@ def init_lora(
 
     Raises:
         UnknownNameError: a site or prefix that the model does not have.
-        ConfigError: a rank below 1.
+        ConfigError: a rank below 1, or a language model's head, which stays as it is: the losses read it in the base.
     """
     if rank < 1:
         raise ConfigError(f"rank = {rank}: expected a whole number of at least 1.")
+    headed = [name for name in (*(sites or ()), *full) if name.split(".")[0] == "head"]
+    if headed and model.config.head == "lm":
+        raise ConfigError(f"{', '.join(headed)}: the head of a language model is frozen; leave it out.")
     weights = flatten(model.base)
     lora: Lora = {}
     for i, site in enumerate(lora_sites(model) if sites is None else sites):

@@ -148,7 +148,8 @@ def forward(
         lora: low-rank pairs and full deltas by site, see :mod:`mlfs_jax.lora`.
         mask: the subnet to run, see :func:`mlfs_jax.make_mask`; None runs the maxnet.
         taps: also return every layer's output.
-        remat: recompute each layer in the backward pass instead of keeping its activations.
+        remat: recompute each layer in the backward pass instead of keeping its activations; the scan over layers is
+            then not unrolled: XLA would merge what is computed twice.
         unroll: unroll the scan over layers (``cost_analysis()`` counts the body of a scan once).
         rows: on a mesh, where activations [B, T, D] lie (:func:`mlfs_jax.sharding.rows_on`).
         cache: of a decoder, see :func:`mlfs_jax.init_cache`: the batch holds the T next tokens only.

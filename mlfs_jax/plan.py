@@ -66,7 +66,8 @@ class Plan:
 
     Attributes:
         asked: what was planned: model, mesh, batch_size, length, stage, ...
-        parts: of what is there all the time: base, adapters (all that trains), optimizer, batch.
+        parts: of what is there all the time: base, adapters (all that trains), optimizer, batch; in stages 1 and 2, or
+            in another type than float32, the base without its adapters, too.
         programs: of the step, in the order in which they run.
         subnets: that the step trains besides the maxnet.
         whole: sentences about axes that the mesh does not divide, so that weights lie whole where a share was meant.
@@ -142,7 +143,9 @@ def plan(config: Config, mesh: Mesh, fit: FitConfig, length: int, stage: int = 0
     put = lambda tree, where: jax.tree.map(  # noqa: E731
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, where
     )
-    base = jax.eval_shape(partial(cast_base, dtype=fit.dtype), abstract(config)[1])
+    whole = abstract(config)[1]
+    whole = put(whole, base_shardings(mesh, whole))
+    base = jax.eval_shape(partial(cast_base, dtype=fit.dtype), whole)
     base = put(base, base_shardings(mesh, base))
     params = _shapes_of_params(config, stages[stage], fit)
     optimizer = stages[stage].optimizer()
@@ -159,6 +162,8 @@ def plan(config: Config, mesh: Mesh, fit: FitConfig, length: int, stage: int = 0
         "optimizer": bytes_per_device((state.opt_state, state.step)),
         "batch": bytes_per_device(batch),
     }
+    if stage > 0 or fit.dtype != "float32":  # what the step has is merged, or cast
+        parts["base as it was, for the next stage"] = bytes_per_device(whole)
     supernet.paper.live = sum(parts.values())
     subnets = stages[stage].subnets(fit.space(config), jax.random.key(fit.seed))
     supernet.step(state, base, batch, subnets, fit.gamma)

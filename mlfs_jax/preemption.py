@@ -13,7 +13,10 @@ from mlfs_jax.hosts import reached_stop, several
 
 
 class Preemption:
-    """Whether somebody asked this process to stop; true from the first SIGTERM or SIGINT on."""
+    """Whether somebody asked this process to stop; true from the first SIGTERM or SIGINT on.
+
+    Of several processes, only :meth:`at` finds that out.
+    """
 
     def __init__(self):
         self.signal: str | None = None  # "SIGTERM" or "SIGINT"
@@ -41,7 +44,7 @@ def preemption() -> Iterator[Preemption]:
         with preemption() as stop:
             for step in ...:
                 ...
-                if stop:
+                if stop.at(step):
                     checkpoints.save(step, state); break
 
     Outside the main thread Python handles no signals: the flag then stays false. Of several processes, the one that

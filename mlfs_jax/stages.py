@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from mlfs_jax.errors import ConfigError
-from mlfs_jax.subnet import Subnet, SubnetSpace
+from mlfs_jax.subnet import Subnet, SubnetSpace, uniform_subnets
 
 SAMPLES = ("maxnet", "width", "width-depth")
 TRIES = 20
@@ -48,11 +51,23 @@ class Stage:
                 "random_subnets of at least 0, a positive, finite learning_rate."
             )
 
-    def subnets(self, space: SubnetSpace, key: Array) -> tuple[Subnet, ...]:
+    def seeds(self, keys: Array) -> Int[np.ndarray, "S tries 2"]:
+        """What :meth:`subnets` draws from, for the keys of S steps; made at once.
+
+        One by one, and while a step is under way, each would wait for the device to end it.
+        """
+        tries = jnp.arange(TRIES * self.random_subnets)
+        each = jax.vmap(lambda key: jax.vmap(partial(jax.random.fold_in, key))(tries))(keys)
+        return np.asarray(jax.random.key_data(each))
+
+    def subnets(self, space: SubnetSpace, key: Array | Int[np.ndarray, "tries 2"]) -> tuple[Subnet, ...]:
         """What a step trains besides the maxnet: the minnet and n random subnets (sandwich rule), all different.
 
         In a space too small for that, fewer. Stage 2 goes on with the minnet of stage 1, too [ours]: drawn only as
         often as the others, it would lose what that stage has taught it.
+
+        Args:
+            key: of the step, or what :meth:`seeds` has made of it.
         """
         if self.sample == "maxnet":
             return ()
@@ -62,10 +77,12 @@ class Stage:
         if full.minnet not in (space.minnet, space.maxnet):
             chosen.append(full.minnet)
         wanted = len(chosen) + self.random_subnets
-        for i in range(TRIES * self.random_subnets):
+        if space.vary != "per-layer":
+            wanted = min(wanted, len({*uniform_subnets(space), *chosen} - {space.maxnet}))
+        for seed in key if isinstance(key, np.ndarray) else self.seeds(key[None])[0]:
             if len(chosen) == wanted:
                 break
-            subnet = space.sample(jax.random.fold_in(key, i))
+            subnet = space.sample(seed)
             if subnet not in (*chosen, space.maxnet):
                 chosen.append(subnet)
         return tuple(chosen)

@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -251,9 +252,10 @@ class SubnetSpace:
         """The same widths, every layer kept: what stage 1 samples from."""
         return dataclasses.replace(self, depth=(self.config.layers,))
 
-    def sample(self, key: int | Array) -> Subnet:
-        """A random subnet; the same seed or key gives the same subnet."""
-        rng = np.random.default_rng(np.asarray(jax.random.key_data(as_key(key))))
+    def sample(self, key: int | Array | np.ndarray) -> Subnet:
+        """A random subnet; the same seed or key (or its data, as numbers) gives the same subnet."""
+        seed = key if isinstance(key, np.ndarray) else np.asarray(jax.random.key_data(as_key(key)))
+        rng = np.random.default_rng(seed)
         pick = lambda choices: choices[rng.integers(len(choices))]  # noqa: E731
         embed, depth = pick(self.embed), pick(self.depth)
         if self.vary == "per-layer":
@@ -327,7 +329,7 @@ class SubnetSpace:
         return dict(sorted(named.items(), key=lambda item: -num_params(self.config, item[1])))
 
     def named(self, name: str) -> Subnet:
-        """A subnet by its name, or by sizes: ``"embed=384,heads=6,mlp=768,depth=3"`` (what is left out stays whole).
+        """A subnet by its name, or by sizes: ``"embed=384,heads=6,mlp=736,depth=3"`` (what is left out stays whole).
 
         Raises:
             UnknownNameError: no such name. SubnetError: sizes that the space does not contain.
@@ -350,3 +352,9 @@ class SubnetSpace:
         if name not in whole:
             raise unknown("subnet", name, [*whole, *FRACTIONS])
         return whole[name]
+
+
+@lru_cache(maxsize=64)
+def uniform_subnets(space: SubnetSpace) -> frozenset[Subnet]:
+    """What :meth:`SubnetSpace.subnets` lists."""
+    return frozenset(space.subnets())

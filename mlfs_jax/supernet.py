@@ -233,7 +233,7 @@ def widths_of(config: Config, subnet: Subnet) -> Subnet:
     return Subnet(subnet.embed, (max(subnet.heads),) * L, (max(subnet.mlp),) * L, tuple(range(L)))
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=64)  # they lie on the device, and each of "per-layer" is another
 def _mask(config: Config, subnet: Subnet) -> Mask:
     return make_mask(config, subnet)
 

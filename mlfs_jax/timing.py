@@ -52,8 +52,8 @@ def count_flops(config: Config, length: int) -> int:
 
 def _inputs(config: Config, ids) -> dict:
     """A batch of full sequences."""
-    names = ("input_ids", "attention_mask", "token_type_ids")
-    return dict.fromkeys(names if getattr(config, "type_vocab", 0) else names[:2], ids)
+    types = {"token_type_ids": np.zeros(ids.shape, ids.dtype)} if getattr(config, "type_vocab", 0) else {}
+    return {"input_ids": ids, "attention_mask": ids, **types}
 
 
 def compile_decode(model: Model, size: int, length: int) -> Callable[[], object]:

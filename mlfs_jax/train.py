@@ -37,7 +37,7 @@ from mlfs_jax.lora import Lora, init_lora, load_lora, merge_lora, misfit, save_l
 from mlfs_jax.model import Model, cast_base, forward
 from mlfs_jax.preemption import Preemption, preemption
 from mlfs_jax.run import Run
-from mlfs_jax.sharding import feed, mesh_of_job, put, shard_base, shard_lora
+from mlfs_jax.sharding import check_rows, feed, mesh_of_job, put, shard_base, shard_lora
 from mlfs_jax.slicing import slice_subnet
 from mlfs_jax.stages import Stage
 from mlfs_jax.subnet import SubnetSpace
@@ -162,7 +162,11 @@ def _assemble(run: Run, config: FitConfig, task: Task, model: Model) -> Fitted:
     start = {f"{site}.{leaf}": value for site, entry in head.items() for leaf, value in entry.items()}
     model = model.replace(base=map_named(lambda name, leaf: start.get(name, leaf[...]), model.base))
     files = [_adapter_file(run, stage) for stage in config.stages]
-    stages = tuple(_read_lora(file, model.base) for file in files if file.exists())
+    there = [file.exists() for file in files]
+    count = len(files) if run.finished else sum(there)
+    if not all(there[:count]):
+        raise RunError(f"{files[there.index(False)]} is gone: restore it, or fit again into another folder.")
+    stages = tuple(_read_lora(file, model.base) for file in files[:count])
     order = None
     if stages and config.reorder:
         try:
@@ -211,17 +215,21 @@ def fit(
     data = config.load_data(task, model)
     config.space(model.config)  # what is wrong is said before the folder is made
     Batches(data["train"], config.batch_size, seed=config.seed, buckets=config.buckets)
+    if mesh is not None:
+        check_rows(mesh, config.batch_size)
     saved = {**dataclasses.asdict(config), "data": fingerprint(data)}
     with preemption() as stop, Run.create_or_resume(out, saved, kind=KIND) as run:
         _save_task(run, task)
         if not task.is_language and not decided((run.path / HEAD).exists()):
             _save_head(run, model)
-        if run.finished:
+        finished = decided(run.finished)
+        if finished:
             console.print(f"{run.path} is finished; `mlfs palette` measures it.")
         fitted = _assemble(run, config, task, model)
-        for number, stage in enumerate(config.stages):
-            if number < len(fitted.stages):
-                continue
+        del model  # as it was before it was reordered: it need not be in memory any longer
+        same_everywhere(f"the number of finished stages in {run.path}", len(fitted.stages))
+        for number in range(len(fitted.stages), len(config.stages)):
+            stage = config.stages[number]
             lora = _train_stage(fitted, number, data["train"], run, stop, mesh, console)
             if lora is None:
                 stop.announce(console)
@@ -230,12 +238,13 @@ def fit(
                 order = _measure_order(fitted, lora, data["train"])
                 run.write_json("order", order.to_json())
                 lora = reorder_lora(fitted.model, lora, order)
+                fitted = dataclasses.replace(fitted, model=reorder(fitted.model, order), order=order)
             file = _adapter_file(run, stage)
             file.parent.mkdir(exist_ok=True)
             save_lora(file, lora)  # from here on the stage is finished
-            fitted = _assemble(run, config, task, model)
+            fitted = dataclasses.replace(fitted, stages=(*fitted.stages, shard_lora(fitted.model.base, lora)))
             _report(fitted, stage, data["validation"], console)
-        if not run.finished:
+        if not finished:
             run.finish(stages=[stage.name for stage in config.stages])
     return fitted
 
@@ -271,6 +280,7 @@ def _train_stage(
         places = state_places(mesh, base, params, optimizer)
         base, batch_at = shard_base(mesh, base), partial(feed, mesh, batches)
     supernet = Supernet(model.config, config.distill, optimizer, config.execution, unroll, config.remat, places)
+    del model  # its weights, where the step has them in another type or place
     state: TrainState = put(supernet.init(params), places or jax.devices()[0])
 
     with Checkpoints(run.checkpoints) as checkpoints, _progress(console) as progress:
@@ -281,6 +291,7 @@ def _train_stage(
         run.rewind(first + int(state.step))
         bar = progress.add_task(stage.name, total=stage.steps, completed=int(state.step), losses="")
         pending: list[tuple[int, jax.Array]] = []
+        seeds = stage.seeds(jax.vmap(partial(jax.random.fold_in, root))(2 + jnp.arange(stage.steps)))
 
         def flush() -> None:
             for step, losses in pending:
@@ -288,7 +299,7 @@ def _train_stage(
             pending.clear()
 
         for step in range(int(state.step), stage.steps):
-            subnets = stage.subnets(space, jax.random.fold_in(root, 2 + step))
+            subnets = stage.subnets(space, seeds[step])
             state, losses = supernet.step(state, base, batch_at(step), subnets, config.gamma)
             pending.append((first + step + 1, losses))
             if (step + 1) % LOG_EVERY == 0:

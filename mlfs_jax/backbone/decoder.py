@@ -18,6 +18,7 @@ from mlfs_jax.backbone.cache import Cache, write
 from mlfs_jax.backbone.layers import ACTIVATIONS, Embed, Linear, Norm, check_context, real_tokens, weight
 from mlfs_jax.backbone.tree import Mask, Output, place_rows, under
 from mlfs_jax.config import DecoderConfig
+from mlfs_jax.errors import ConfigError
 
 
 class Context:
@@ -279,6 +280,8 @@ class Decoder(nnx.Module):
         config, tokens = self.config, batch["input_ids"]
         if config.positions == "learned" and cache is None:  # a cache's tokens may be padding, beyond the last text
             check_context(config, tokens)
+        if "head" in lora:
+            raise ConfigError("the adapter has a pair at head: the head of a language model is frozen; leave it out.")
         keep = None if mask is None else mask.embed
         context = Context(config, real_tokens(batch), cache)
         x = embedded = place_rows(self.embed(tokens, context.positions, under(lora, "embed"), keep), rows)
@@ -305,7 +308,7 @@ class Decoder(nnx.Module):
             windows,
             None if cache is None else (cache.k, cache.v),
         )
-        x, (tapped, kv) = jax.lax.scan(layer, x, scanned, unroll=config.layers if unroll else 1)
+        x, (tapped, kv) = jax.lax.scan(layer, x, scanned, unroll=config.layers if unroll and not remat else 1)
         if cache is not None:
             cache = Cache(kv[0], kv[1], context.valid, cache.length + tokens.shape[1])
         x = x if self.norm is None else self.norm(x, keep)

@@ -184,7 +184,7 @@ class Encoder(nnx.Module):
             layer,
             x,
             (stacked, under(lora, "layers"), mask and mask.per_layer(self.config.layers)),
-            unroll=self.config.layers if unroll else 1,
+            unroll=self.config.layers if unroll and not remat else 1,
         )
         top, name = (self.head, "head") if self.head is not None else (self.pooler, "pooler")
         found = top(x, under(lora, name), keep, self.embed.tokens) if logits and top is not None else None

@@ -9,7 +9,7 @@ from mlfs_jax.backbone.tree import flatten
 from mlfs_jax.errors import ConfigError, UnknownNameError
 from mlfs_jax.lora import load_lora, save_lora
 from mlfs_jax.model import forward
-from tests.mlfs.tiny import tiny_batch, tiny_lora, tiny_model
+from tests.mlfs.tiny import tiny_batch, tiny_decoder, tiny_lora, tiny_model
 
 
 def logits(model, base, batch, lora=None):
@@ -35,6 +35,17 @@ def test_no_part_of_an_adapter_is_ignored():
         assert abs(merged - logits(model, model.base, batch)).max() > 1e-3, site
     with pytest.raises(ConfigError, match=r"has no layers\.gate\.kernel"):
         logits(model, model.base, batch, {"layers.gate": lora["layers.q"]})
+
+
+def test_a_language_models_head_takes_no_adapter():
+    """Its losses read it in the base: a pair there would do nothing, and then be merged."""
+    model = tiny_decoder("llama", tied=False)
+    for how in ({"sites": ["layers.q", "head"]}, {"full": ("head",)}):
+        with pytest.raises(ConfigError, match="head: the head of a language model is frozen"):
+            mlfs.init_lora(jax.random.key(0), model, **how)
+    pair = {"head": {"a": np.zeros((24, 2)), "b": np.zeros((2, model.config.vocab_size))}}
+    with pytest.raises(ConfigError, match="the adapter has a pair at head"):
+        mlfs.forward(model.graphdef, model.base, {"input_ids": np.ones((1, 3), np.int32)}, lora=pair)
 
 
 @pytest.mark.parametrize("family", ["bert", "electra"])

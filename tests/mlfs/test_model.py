@@ -1,5 +1,7 @@
 """The forward pass as a pure function: its options change how it runs, never what it computes."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from mlfs_jax.backbone.tree import flatten
 from mlfs_jax.config import ACTIVATIONS as NAMES
 from mlfs_jax.errors import CheckpointError, ConfigError
 from mlfs_jax.model import abstract, build, forward, init_weights
-from tests.mlfs.tiny import FAMILIES, tiny_batch, tiny_config, tiny_decoder, tiny_lora, tiny_model
+from tests.mlfs.tiny import FAMILIES, random_lora, tiny_batch, tiny_config, tiny_decoder, tiny_lora, tiny_model
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -26,6 +28,18 @@ def test_remat_and_unroll_change_nothing(family):
     for how in ({"remat": True}, {"unroll": True}):
         found = jax.value_and_grad(loss)(lora, **how)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), expected, found)
+
+
+@pytest.mark.parametrize("make", [tiny_model, partial(tiny_decoder, "llama")])
+def test_remat_saves_memory_where_layers_are_unrolled_too(make):
+    model = make(layers=6)
+    batch, lora = {"input_ids": jnp.ones((8, 16), jnp.int32)}, random_lora(model)
+
+    def temp(**how) -> int:
+        loss = lambda lora: (forward(model.graphdef, model.base, batch, lora=lora, **how).logits ** 2).sum()  # noqa: E731
+        return jax.jit(jax.grad(loss)).lower(lora).compile().memory_analysis().temp_size_in_bytes
+
+    assert temp(remat=True, unroll=True) < 0.7 * temp(unroll=True)
 
 
 def test_outputs_have_the_documented_shapes():

@@ -50,7 +50,9 @@ def tiny_llama(tmp_path_factory):
 @pytest.mark.parametrize(("run", "losses", "programs"), [("lora", 1, 2), ("sliced", 2, 3), ("masked", 3, 1)])
 def test_a_plan_is_what_the_run_has(report, run, losses, programs):
     found = report[run]
+    kept = found["parts"].pop("base as it was, for the next stage", 0)
     assert found["parts"] == found["real"]
+    assert kept == (0 if run == "lora" else found["real"]["base"])  # a step's is merged with earlier stages
     assert found["after"] == found["real"]["adapters"] + found["real"]["optimizer"]
     assert found["losses"] == losses == 1 + found["plan"]["subnets"]
     assert len(found["plan"]["programs"]) == programs

@@ -98,6 +98,8 @@ def test_sandwich_rule():
             assert list(subnets[: len(smallest)]) == smallest
             assert len(others) == 2 and len({choices.maxnet, *subnets}) == 1 + len(subnets)
             assert all(choices.check(subnet) == subnet for subnet in others)
+        keys = jax.vmap(jax.random.key)(np.arange(20))
+        assert seen == [stage.subnets(drawn, seeds) for seeds in stage.seeds(keys)]  # made beforehand
     few = mlfs.SubnetSpace(tiny_config(), depth=(3, 2))
     assert depths.subnets(few, jax.random.key(0)) == (few.minnet,)
     assert widths.subnets(few, jax.random.key(0)) == ()  # at full depth there is the maxnet alone

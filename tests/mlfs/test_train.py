@@ -183,6 +183,8 @@ def of_rank_and_width(file):
         ("task.json", lambda f: f.write_text("{}"), "task.json is damaged"),
         ("order.json", lambda f: f.write_text("{}"), "order.json is damaged"),
         ("head.safetensors", lambda f: f.unlink(), "head.safetensors is missing or damaged"),
+        ("adapters/stage0.safetensors", lambda f: f.unlink(), r"stage0\.safetensors is gone"),
+        ("adapters/stage2.safetensors", lambda f: f.unlink(), r"stage2\.safetensors is gone"),
         ("adapters/stage2.safetensors", cut, "stage2.safetensors is missing or damaged"),
         (
             "adapters/stage1.safetensors",
