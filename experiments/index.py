@@ -129,7 +129,7 @@ def resists() -> Finding | None:
 
 def _choices(subnets: tuple[str, ...], metric: str, names: dict[str, str]) -> Finding | None:
     """Arms of the encoder's study side by side; same: the first is at least as good as the second, for each."""
-    runs = list(read("mlfs_choices").values())
+    runs = tables.choice_runs()
     arms = {arm: [run["scores"] for run in runs if run["arm"] == arm] for arm in names}
     if not all(arms.values()):
         return None
@@ -177,9 +177,9 @@ MLFS = (
     ),
     Row(
         "stages",
-        "three stages against one",
+        "three stages against one, by as many passes through a network (the table below has their number)",
         CHOICES,
-        lambda: _choices(ENDS, "accuracy", {"three stages": "three", "one stage": "one"}),
+        lambda: _choices(ENDS, "accuracy", {"three stages": "three", "one stage, equal passes": "one"}),
         other="two layers, in which all subnets can learn at once; the lower rate of the last stage is not why",
     ),
     Row(

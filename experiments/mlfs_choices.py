@@ -4,10 +4,11 @@ against small models, each trained alone.
     python experiments/mlfs_choices.py             # bert-tiny on wiki-topic, 3 seeds; about an hour on one core
     python experiments/mlfs_choices.py --report    # table and plot of what is there already
 
-All arms take the same steps over the same batches; each differs from "three stages" in what its name says. "alone" is
-the baseline at an equal total budget: the palette's sizes, each cut naively from the pretrained model and trained by
-itself, sharing as many passes through a network (a subnet's counts like the maxnet's) as the palette has taken.
-Numbers are of the test split.
+The arms take the same steps over the same batches; each differs from "three stages" in what its name says. Steps are not
+compute: one stage trains more networks in each step than the first two of three do. So "one stage, equal passes" stops
+when it has taken as many passes through a network (a subnet's counts like the maxnet's) as three stages take. "alone"
+is the baseline at that total budget: the palette's sizes, each cut naively from the pretrained model and trained by
+itself, sharing the palette's passes. Numbers are of the test split.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import tyro
 from alone import train_alone
 from rich.console import Console
 from rich.table import Table
-from store import load_results, mean_and_spread, save_result
+from store import check_names, load_results, mean_and_spread, save_result
 
 import mlfs_jax as mlfs
 from mlfs_jax.evaluate import evaluate
@@ -35,6 +36,7 @@ ARMS = {
     "three stages": {},
     "three stages, one rate": {"learning_rate": max(RATES)},
     "one stage": {"steps": (1, 1, sum(STEPS) - 2), "learning_rate": max(RATES)},
+    "one stage, equal passes": {"steps": (2, 1, 719), "learning_rate": max(RATES)},
     "first k": {"reorder": False},
     "gamma 1": {"gamma": 1.0},
     "gamma 2": {"gamma": 2.0},
@@ -65,7 +67,7 @@ def passes(config: mlfs.FitConfig, space: mlfs.SubnetSpace) -> int:
 
 
 def measure(options: Options, arm: str, seed: int, console: Console) -> dict | None:
-    """Scores of every named subnet; None when the run was stopped."""
+    """Scores of every named subnet, and the passes of training; None when the run was stopped."""
     config = config_for(options, arm, seed)
     name = "three stages" if arm == ALONE else arm
     fitted = mlfs.fit(config, options.runs / name.replace(" ", "-") / str(seed), console=console)
@@ -75,9 +77,11 @@ def measure(options: Options, arm: str, seed: int, console: Console) -> dict | N
     if arm == ALONE:
         steps = passes(config, fitted.space) // len(names)
         console.print(f"each of {len(names)} alone for {steps} steps")
-        return {name: train_alone(fitted, data, subnet, steps)["test"] for name, subnet in names.items()}
+        scores = {name: train_alone(fitted, data, subnet, steps)["test"] for name, subnet in names.items()}
+        return {"scores": scores, "passes": steps * len(names)}
     cut = {name: mlfs.slice_subnet(fitted.merged, subnet) for name, subnet in names.items()}
-    return {name: evaluate(small, data["test"], fitted.task.metric) for name, small in cut.items()}
+    scores = {name: evaluate(small, data["test"], fitted.task.metric) for name, small in cut.items()}
+    return {"scores": scores, "passes": passes(config, fitted.space)}
 
 
 def report(options: Options, console: Console) -> None:
@@ -89,19 +93,20 @@ def report(options: Options, console: Console) -> None:
 
     results = [r for r in load_results(RESULTS).values() if (r["model"], r["task"]) == (options.model, options.task)]
     arms = {arm: [r["scores"] for r in results if r["arm"] == arm] for arm in (*ARMS, ALONE)}
+    spent = {r["arm"]: r["passes"] for r in results}
     arms = {arm: runs for arm, runs in arms.items() if runs}
     if not arms:
         console.print(f"nothing measured yet of {options.model} on {options.task}.")
         return
     names = list(next(iter(arms.values()))[0])
     table = Table(title=f"{options.model}, {options.task}: test accuracy in percent, and loss of the smallest")
-    for column in ("arm", *names, "loss of minnet"):
+    for column in ("arm", "passes", *names, "loss of minnet"):
         table.add_column(column, justify="left" if column == "arm" else "right")
     figure, panel = plt.subplots(figsize=(6, 4), layout="constrained")
     for arm, runs in arms.items():
         scores = {name: [100 * run[name]["accuracy"] for run in runs] for name in names}
         loss = mean_and_spread([run["minnet"]["loss"] for run in runs], "{:.3f}".format)
-        table.add_row(arm, *map(mean_and_spread, scores.values()), loss)
+        table.add_row(arm, f"{spent[arm]:,}", *map(mean_and_spread, scores.values()), loss)
         panel.plot(names, [sum(s) / len(s) for s in scores.values()], marker="o", label=arm)
     console.print(table)
     panel.set(ylabel="test accuracy, percent", title=f"{options.model}, {options.task}")
@@ -112,6 +117,7 @@ def report(options: Options, console: Console) -> None:
 
 def main(options: Options) -> None:
     console = Console()
+    check_names("arm", options.arms, (*ARMS, ALONE))
     for seed in options.seeds if not options.report else ():
         for arm in options.arms:
             key = f"{options.model}/{options.task}/{arm}/{seed}"
@@ -120,11 +126,11 @@ def main(options: Options) -> None:
                 continue
             console.print(f"[bold]{key}")
             begin = time.process_time()
-            if (scores := measure(options, arm, seed, console)) is None:
+            if (found := measure(options, arm, seed, console)) is None:
                 return
             result = {"model": options.model, "task": options.task, "arm": arm, "seed": seed, "config": config}
             spent = {"device": device_name(), "cpu_seconds": round(time.process_time() - begin)}
-            save_result(RESULTS, key, result | {"scores": scores} | spent)
+            save_result(RESULTS, key, result | found | spent)
     report(options, console)
 
 

@@ -5,8 +5,22 @@ from __future__ import annotations
 import fcntl
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+
+from mlfs_jax.errors import unknown
+
+
+def check_names(kind: str, asked: Iterable[str], known: Iterable[str]) -> None:
+    """Before anything is run.
+
+    Raises:
+        SystemExit: one that is asked for is not known; it says which, and what is like it.
+    """
+    known = list(known)
+    for name in asked:
+        if name not in known:
+            raise SystemExit(f"error: {unknown(kind, name, known)}")
 
 
 def load_results(file: Path) -> dict:

@@ -93,17 +93,30 @@ def encoder() -> str:
     return markdown(("subnet", "share of the body", "test score", "measured with", "preset"), cells)
 
 
+def choice_runs() -> list[dict]:
+    """Those of the study's own model and task; it can be asked for others."""
+    return [r for r in read("mlfs_choices").values() if (r["model"], r["task"]) == ("bert-tiny", "wiki-topic")]
+
+
 def choices() -> str:
-    runs, cells = list(read("mlfs_choices").values()), []
+    runs, cells = choice_runs(), []
     if not runs:
         return NOTHING
     names = list(runs[0]["scores"])
     for arm in dict.fromkeys(run["arm"] for run in runs):
         scores = [run["scores"] for run in runs if run["arm"] == arm]
+        passes = {run["passes"] for run in runs if run["arm"] == arm}
         shown = [mean_and_spread([score[name]["accuracy"] for score in scores], accuracy) for name in names]
-        cells.append([arm, *shown, mean_and_spread([score["minnet"]["loss"] for score in scores], accuracy)])
+        cells.append(
+            [
+                arm,
+                " / ".join(f"{n:,}" for n in sorted(passes)),
+                *shown,
+                mean_and_spread([score["minnet"]["loss"] for score in scores], accuracy),
+            ]
+        )
     cells.sort(key=lambda row: (row[0] != "three stages", row[0]))
-    columns = ("way", *names, "loss of the minnet")
+    columns = ("way", "passes", *names, "loss of the minnet")
     return f"Test accuracy, {where(runs)}.\n\n{markdown(columns, cells)}"
 
 
