@@ -8,8 +8,6 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from mlfs_jax.errors import unknown
-
 
 def check_names(kind: str, asked: Iterable[str], known: Iterable[str]) -> None:
     """Before anything is run.
@@ -17,6 +15,8 @@ def check_names(kind: str, asked: Iterable[str], known: Iterable[str]) -> None:
     Raises:
         SystemExit: one that is asked for is not known; it says which, and what is like it.
     """
+    from mlfs_jax.errors import unknown
+
     known = list(known)
     for name in asked:
         if name not in known:

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from store import final_score, load_results, mean_and_spread
 
 RESULTS = Path(__file__).parent / "results"
-PRESETS = ("h200", "cpu")
-"""The larger first: where both were run, the index speaks of that."""
+PRESETS = ("paper", "h200", "cpu")
+"""The larger first: where several were run, the index speaks of that."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was measured, as text, with which seeds and machine; ``same``: in the paper's direction, if it has one."""
+
+    measured: str
+    same: bool | None
+    where: str
 
 
 def read(name: str) -> dict:
@@ -41,10 +51,15 @@ def number(value: float) -> str:
 accuracy = "{:.3f}".format
 
 
-def chosen(results: dict) -> list[dict]:
+def published(study: str) -> list[dict]:
+    """A study's runs of its presets as they are; those of another model or task are not for the pages (run_key)."""
+    return [run for key, run in read(study).items() if key.split("/")[0] in PRESETS]
+
+
+def chosen(study: str) -> list[dict]:
     """The runs of the largest preset that has any."""
     for preset in PRESETS:
-        if runs := [run for run in results.values() if run["preset"] == preset]:
+        if runs := [run for run in published(study) if run["preset"] == preset]:
             return runs
     return []
 
@@ -78,7 +93,7 @@ def execution() -> str:
 
 def encoder() -> str:
     cells = []
-    results = [run for run in read("mlfs_encoder_palette").values() if "palette" in run]
+    results = [run for run in published("mlfs_encoder_palette") if "palette" in run]
     for preset in PRESETS:
         for task in dict.fromkeys(run["task"] for run in results):
             runs = [run for run in results if (run["preset"], run["task"]) == (preset, task)]
@@ -123,7 +138,7 @@ def choices() -> str:
 def decoder() -> str:
     cells, whole = [], set()
     for preset in PRESETS:
-        results = [run for run in read("mlfs_decoder").values() if run["preset"] == preset]
+        results = [run for run in published("mlfs_decoder") if run["preset"] == preset]
         whole |= {number(run["teacher"]) for run in results}
         for arm in dict.fromkeys(run["arm"] for run in results):
             runs = [run for run in results if run["arm"] == arm]
@@ -150,8 +165,8 @@ SPA_JOBS = {
 
 
 def spa() -> str:
-    cells, results = [], read("spa_tables").values()
-    for preset in (*PRESETS, "paper"):
+    cells, results = [], published("spa_tables")
+    for preset in PRESETS:
         for task in dict.fromkeys(run["task"] for run in results):
             for job, said in SPA_JOBS.items():
                 runs = [run for run in results if (run["preset"], run["task"], run["job"]) == (preset, task, job)]
@@ -165,8 +180,8 @@ def spa() -> str:
 
 
 def spa_gates() -> str:
-    cells, results = [], [run for run in read("spa_tables").values() if run["job"] == "gates"]
-    for preset in (*PRESETS, "paper"):
+    cells, results = [], [run for run in published("spa_tables") if run["job"] == "gates"]
+    for preset in PRESETS:
         for task in dict.fromkeys(run["task"] for run in results):
             runs = [run for run in results if (run["preset"], run["task"]) == (preset, task)]
             for method in runs[0]["gates"] if runs else ():
@@ -251,11 +266,13 @@ def beside_peers() -> str:
     cells = []
     for step, found in (("sandwich", read("bench_sandwich")), ("LoRA", read("bench_lora"))):
         for vocabulary, rows in found.get("results", {}).items():
+            whole = next(iter(rows.values())).get("flops")  # the peer comes first
             for side, row in rows.items():
-                cells.append(
-                    [f"{step}, {side}", f"{int(vocabulary):,}", f"{row['cpu_seconds']:.2f}", f"{row['share']:.2f}"]
-                )
-    return markdown(("step", "vocabulary", "CPU-seconds", "of the peer's"), cells) if cells else NOTHING
+                flops = f"{row['flops'] / whole:.2f}" if whole else ""
+                shown = f"{int(vocabulary):,}", f"{row['cpu_seconds']:.2f}", f"{row['share']:.2f}", flops
+                cells.append([f"{step}, {side}", *shown])
+    columns = ("step", "vocabulary", "CPU-seconds", "of whittle's / PEFT's", "FLOPs, of whittle's")
+    return markdown(columns, cells) if cells else NOTHING
 
 
 def sizes() -> str:

@@ -81,7 +81,13 @@ class _Parsed(Exception):
 
 def commands(page: str) -> list[list[str]]:
     lines = "".join(of("bash")[page]).replace("\\\n", " ").splitlines()
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
+    return [words for line in lines if (words := split(line))]
+
+
+def split(line: str) -> list[str]:
+    """A command's words, without where its output goes."""
+    words = shlex.split(line, comments=True)
+    return words[: words.index(">")] if ">" in words else words
 
 
 @pytest.fixture
@@ -153,12 +159,12 @@ def test_commands_of_experiments_are_parsed(parse, monkeypatch):
     """Those within sentences, and those of the index."""
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     for command in {*re.findall(r"`(python experiments/[^`]+)`", text)}:
-        parse(shlex.split(command))
+        parse(split(command))
     import index
 
     for row in (*index.MLFS, *index.SPA):
         if row.command:
-            parse(shlex.split(row.command))
+            parse(split(row.command))
 
 
 def test_readme_shows_every_command_of_mlfs():
@@ -183,7 +189,7 @@ def test_tables_are_what_the_results_say(monkeypatch):
         text = page.read_text(encoding="utf-8")
         assert index.generated(text) == text, f"{page.name} is stale: python experiments/index.py"
     source = (ROOT / "experiments/tables.py").read_text(encoding="utf-8")
-    shown = set(re.findall(r"read\(\"(\w+)\"\)", source))
+    shown = set(re.findall(r"(?:read|published)\(\"(\w+)\"\)", source))
     assert {file.stem for file in (ROOT / "experiments/results").glob("*.json")} <= shown
 
 
@@ -198,7 +204,7 @@ def test_the_index_speaks_of_what_was_measured(monkeypatch, tmp_path):
 
     def measure(**finals):
         runs = {
-            f"{arm}/{seed}": {"preset": "cpu", "arm": arm.replace("_", " "), "seed": seed, "device": "cpu"}
+            f"cpu/{arm}/{seed}": {"preset": "cpu", "arm": arm.replace("_", " "), "seed": seed, "device": "cpu"}
             | {"curve": {"0": 100.0, "9": value + seed}}
             for arm, value in finals.items()
             for seed in (0, 1)
@@ -206,7 +212,9 @@ def test_the_index_speaks_of_what_was_measured(monkeypatch, tmp_path):
         (tmp_path / "mlfs_decoder.json").write_text(json.dumps(runs))
 
     measure(**{"width,_alpha_0.9": 10, "width,_alpha_0.5": 20, "width,_alpha_0": 30})
-    assert index.alpha() == index.Finding("perplexity by alpha, 0.9: 10.5, 0.5: 20.5, 0: 30.5", True, "2 seeds, a CPU")
+    assert index.alpha() == index.Finding(
+        "perplexity with 0.9: 10.5 ± 0.7, with 0.5: 20.5 ± 0.7, with 0: 30.5 ± 0.7", True, "2 seeds, a CPU"
+    )
     measure(**{"width,_alpha_0.9": 10, "width,_alpha_0.5": 40, "width,_alpha_0": 30})
     assert not index.alpha().same
     row = next(row for row in index.MLFS if row.find is index.alpha)
