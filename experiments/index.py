@@ -176,7 +176,8 @@ MLFS = (
         "three stages against one, by as many passes through a network (the table below has their number)",
         CHOICES,
         lambda: _choices(ENDS, "accuracy", {"three stages": "three", "one stage, equal passes": "one"}),
-        other="two layers, in which all subnets can learn at once; the lower rate of the last stage is not why",
+        same="the lower rate of their last stage: with one rate, as one stage has, they are equal within the spread",
+        other="two layers, in which all subnets can learn at once",
     ),
     Row(
         "importance order",

@@ -5,10 +5,10 @@ against small models, each trained alone.
     python experiments/mlfs_choices.py --report    # table and plot of what is there already
 
 The arms take the same steps over the same batches; each differs from "three stages" in what its name says. Steps are
-not compute: one stage trains more networks in each step than the first two of three do. So "one stage, equal passes" stops
-when it has taken as many passes through a network (a subnet's counts like the maxnet's) as three stages take. "alone"
-is the baseline at that total budget: the palette's sizes, each cut naively from the pretrained model and trained by
-itself, sharing the palette's passes. Numbers are of the test split.
+not compute: one stage trains more networks in each step than the first two of three do. So "one stage, equal passes"
+stops when it has taken as many passes through a network (a subnet's counts like the maxnet's) as three stages take.
+"alone" is the baseline at that total budget: the palette's sizes, each cut naively from the pretrained model and
+trained by itself, sharing the palette's passes. Numbers are of the test split.
 """
 
 from __future__ import annotations
