@@ -99,4 +99,5 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
+    mlfs.keep_freed_memory()  # as `mlfs fit` does
     main(tyro.cli(Options, description=__doc__))

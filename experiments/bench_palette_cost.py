@@ -3,9 +3,10 @@
     python experiments/bench_palette_cost.py          # bert-tiny on wiki-topic; about 20 minutes on one core
 
 One supernet is trained (sandwich rule: maxnet, minnet, two random subnets). Then each of its 12 subnets is cut out of
-the same start and distilled on its own, by the same loss from the same teacher (the maxnet of stage 0), for 1/8, 1/4,
-1/2 and all of the palette's steps, each with a whole learning-rate schedule; the shortest run that reaches the
-palette's validation loss counts, the others do not. One that never does counts at its longest, and is named.
+the same start and distilled on its own by the same loss, for 1/8, 1/4, 1/2 and all of the palette's steps, each with a
+whole learning-rate schedule; the shortest run that reaches the palette's validation loss counts, the others do not. One
+that never does counts at its longest, and is named. The teachers differ: the palette's is its own maxnet as it trains,
+that of the separate runs the frozen maxnet of stage 0.
 
 Cost is in CPU-seconds of the steps, compilation left out, and in FLOPs: of the matrix products of the layers, twice the
 forward pass for a gradient of the adapters, once for a teacher. Stage 0, which both sides need, counts for neither.
@@ -175,4 +176,5 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
+    mlfs.keep_freed_memory()  # as `mlfs fit` does
     main(tyro.cli(Options, description=__doc__))

@@ -297,7 +297,7 @@ def palette_cost() -> str:
     return (
         f"One palette of {len(rows)} subnets in {steps} steps costs {share(found['shares']['flops'])} of the FLOPs and "
         f"{share(found['shares']['cpu'])} of the CPU-seconds of {len(rows)} separate distillations of at most as many "
-        f"steps each, of which {reached} reach the palette's validation loss."
+        f"steps each, of which {reached} reach the palette's validation loss (one seed)."
     )
 
 
