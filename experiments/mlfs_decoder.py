@@ -33,7 +33,7 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from store import load_results, mean_and_spread, save_result
+from store import check_names, load_results, mean_and_spread, run_key, save_result
 
 import mlfs_jax as mlfs
 from mlfs_jax.backbone.tree import map_named
@@ -86,6 +86,7 @@ class Preset:
     learning_rate: float = 1e-3
 
 
+TASK = "wiki-lm"
 PRESETS = {
     "cpu": Preset("smollm2-135m", steps=60, batch_size=4, length=64, every=15, limit=32, rank=16, learning_rate=2e-3),
     "h200": Preset("smollm2-135m", steps=1500, batch_size=32, length=256, every=100, limit=800, rank=16),
@@ -105,7 +106,7 @@ class Options:
     seeds: tuple[int, ...] = (0, 1, 2)
     preset: Literal["cpu", "h200", "paper"] = "cpu"
     model: str | None = None
-    task: str = "wiki-lm"
+    task: str = TASK
     arms: tuple[str, ...] = tuple(arm.name for arm in ARMS)
     report: bool = False  # only print and plot what has been measured
 
@@ -191,16 +192,18 @@ def train(arm: Arm, seed: int, teacher: mlfs.Model, student: mlfs.Model, lessons
     return curve
 
 
-def report(preset: str, console: Console) -> None:
+def report(options: Options, console: Console) -> None:
     """Mean and spread over seeds, as a table and a picture."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    results = [r for r in load_results(RESULTS).values() if r["preset"] == preset]
+    wanted = {"model": options.model or PRESETS[options.preset].model, "task": options.task}
+    results = [r for r in load_results(RESULTS).values() if r["preset"] == options.preset]
+    results = [r for r in results if wanted.items() <= r["config"].items()]
     if not results:
-        console.print(f"nothing measured yet with preset {preset}.")
+        console.print(f"nothing measured yet with preset {options.preset} of {options.task}.")
         return
     table = Table(title="validation perplexity of subnets of {model} on {task}".format(**results[0]["config"]))
     for column in ("arm", "share of the body", "at the start", "at the end", "seeds"):
@@ -219,7 +222,7 @@ def report(preset: str, console: Console) -> None:
     whole = results[0]["teacher"]
     console.print(table)
     console.print(f"the whole model, untrained: {whole:.2f}")
-    panel.axhline(whole, ls="--", color="tab:gray", label="whole model, untrained")
+    panel.axhline(whole, ls="--", color="black", label="whole model, untrained")
     panel.set(xlabel="steps", ylabel="validation perplexity", yscale="log")
     panel.legend(fontsize=8)
     figure.savefig(RESULTS.with_suffix(".png"), dpi=120)
@@ -228,8 +231,11 @@ def report(preset: str, console: Console) -> None:
 
 def main(options: Options) -> None:
     console, preset = Console(), PRESETS[options.preset]
+    check_names("arm", options.arms, (arm.name for arm in ARMS))
     if options.report:
-        return report(options.preset, console)
+        return report(options, console)
+    own = options.task == TASK or options.preset == "paper"  # which is for one's own texts
+    others = options.model if options.model != preset.model else None, None if own else options.task
     preset = dataclasses.replace(preset, model=options.model or preset.model)
     plain = mlfs.from_pretrained(preset.model)
     data = load_task(options.task, plain.source, max_length=preset.length)
@@ -240,7 +246,7 @@ def main(options: Options) -> None:
     for seed in options.seeds:
         lessons = Lessons(plain, data["train"], preset, seed)
         for arm in (arm for arm in ARMS if arm.name in options.arms):
-            key = f"{options.preset}/{arm.name}/{seed}"
+            key = run_key(f"{options.preset}/{arm.name}/{seed}", *others)
             done, asked = load_results(RESULTS).get(key), config | dataclasses.asdict(arm)
             if done and done["config"] == asked:
                 continue
@@ -252,7 +258,7 @@ def main(options: Options) -> None:
             result |= {"subnet": str(subnet), "share": share, "teacher": teacher, "curve": curve, "device": device}
             save_result(RESULTS, key, result | {"seconds": round(time.time() - start)})
             console.print(f"{key}: " + ", ".join(f"{step}: {value:.1f}" for step, value in curve.items()))
-    report(options.preset, console)
+    report(options, console)
 
 
 if __name__ == "__main__":

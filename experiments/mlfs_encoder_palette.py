@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ import tyro
 from alone import train_alone
 from rich.console import Console
 from rich.table import Table
-from store import final_score, load_results, mean_and_spread, save_result
+from store import check_names, final_score, load_results, mean_and_spread, run_key, save_result
 
 import mlfs_jax as mlfs
 from mlfs_jax.data.glue import GLUE
@@ -86,14 +87,15 @@ def palette(fitted: mlfs.Fitted, data: dict) -> dict[str, dict]:
     return rows
 
 
-def report(preset: str, console: Console) -> None:
+def report(options: Options, console: Console) -> None:
     """Mean and spread over seeds, as a table and a picture."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    results = [r for r in load_results(RESULTS).values() if r["preset"] == preset]
+    preset, model = options.preset, options.model or MODELS[options.preset]
+    results = [r for r in load_results(RESULTS).values() if (r["preset"], r["config"]["model"]) == (preset, model)]
     tasks = [task for task in PRESETS[preset] if any(r["task"] == task for r in results)]
     if not tasks:
         console.print(f"nothing measured yet with preset {preset}.")
@@ -115,10 +117,13 @@ def report(preset: str, console: Console) -> None:
             shown = (mean_and_spread(x, "{:.4f}".format) for x in (values, kept))
             table.add_row(name, f"{shares[name]:.3f}", *shown)
         console.print(table)
-        for names, marker in (([name for name in scores if name != ALONE], "o-"), ([ALONE], "s")):
+        layers = {name: re.findall(r"layers=(\d+)", row["subnet"])[0] for name, row in runs[0]["palette"].items()}
+        series = {
+            f"palette, {n} layers": ([name for name in layers if layers[name] == n], "o-") for n in layers.values()
+        }
+        for label, (names, marker) in (series | {ALONE: ([ALONE], "s")}).items():
             means = [np.mean(scores[name]) for name in names]
             spreads = [np.std(scores[name], ddof=len(runs) > 1) for name in names]
-            label = "MLFS palette" if len(names) > 1 else ALONE
             panel.errorbar([shares[name] for name in names], means, spreads, fmt=marker, capsize=3, label=label)
         panel.set(title=task, xlabel="share of the maxnet's non-embedding parameters", ylabel="score")
         panel.legend(loc="lower right")
@@ -129,9 +134,11 @@ def report(preset: str, console: Console) -> None:
 
 def main(options: Options) -> None:
     console = Console()
+    check_names("task", options.tasks, PRESETS[options.preset])
+    other = options.model if options.model != MODELS[options.preset] else None
     for seed in options.seeds if not options.report else ():
         for task in options.tasks or PRESETS[options.preset]:
-            key = f"{options.preset}/{task}/{seed}"
+            key = run_key(f"{options.preset}/{task}/{seed}", other)
             config = config_for(options, task, seed)
             done = load_results(RESULTS).get(key)
             if done and done["config"] == json.loads(json.dumps(dataclasses.asdict(config))):
@@ -148,7 +155,7 @@ def main(options: Options) -> None:
             alone = train_alone(fitted, data, fitted.space.named("quarter"), steps)
             result |= {"palette": palette(fitted, data), "baseline": alone}
             save_result(RESULTS, key, result | {"seconds": round(time.time() - start)})
-    report(options.preset, console)
+    report(options, console)
 
 
 if __name__ == "__main__":

@@ -91,14 +91,19 @@ def report(file: Path, title: str, options: object, results: Mapping[str, dict[s
     table = Table(title=title)
     for column in ("vocabulary", "step", "CPU-s", "share"):
         table.add_column(column, justify="left" if column == "step" else "right")
-    shares: dict[str, dict[str, float]] = {}
     for vocabulary, rows in results.items():
         for name, row in rows.items():
             table.add_row(vocabulary, name, f"{row['cpu_seconds']:.3f}", f"{row['share']:.2f}")
-            shares.setdefault(name, {})[f"vocabulary {vocabulary}"] = row["share"]
     Console().print(table)
-    bars(file, shares, "CPU-seconds, shares")
+    draw(file, results)
     file.write_text(json.dumps({"options": asdict(options), "cpu": device_name(), "results": results}, indent=1))
+
+
+def draw(file: Path, results: Mapping[str, dict[str, dict]]) -> None:
+    """The bar chart beside a result: CPU-seconds as shares of the peer's, which comes first."""
+    names = next(iter(results.values()))
+    shares = {name: {f"vocabulary {int(v):,}": rows[name]["share"] for v, rows in results.items()} for name in names}
+    bars(file, shares, f"CPU-seconds, share of {next(iter(names))}'s")
 
 
 def pin(cores: int = 1) -> None:

@@ -22,7 +22,9 @@ def bars(result: Path, values: Mapping[str, Mapping[str, float]], ylabel: str, t
     panel.set_xticks([place + 0.4 - width / 2 for place in range(len(groups))], groups, **slanted)
     panel.set(ylabel=ylabel, title=title)
     if len(values) > 1:
-        panel.legend(fontsize=8)
+        figure.legend(
+            loc="outside upper center", ncols=min(4, len(values)), fontsize=8
+        )  # beside the bars, not over them
     result.parent.mkdir(exist_ok=True)
     figure.savefig(result.with_suffix(".png"), dpi=120)
     plt.close(figure)

@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ import numpy as np
 import tyro
 from rich.console import Console
 from rich.table import Table
-from store import load_results, mean_and_spread, save_result
+from store import check_names, load_results, mean_and_spread, run_key, save_result
 
 import mlfs_jax as mlfs
 import spa_jax as spa
@@ -102,7 +103,7 @@ PRESETS = {
 class Options:
     """What to run."""
 
-    preset: str = "cpu"
+    preset: Literal["cpu", "h200", "paper"] = "cpu"
     tasks: tuple[str, ...] = ()  # of the preset
     seeds: tuple[int, ...] = (0, 1, 2)
     jobs: tuple[str, ...] = ()  # all
@@ -305,14 +306,14 @@ def print_gates(task: str, runs: list[dict], console: Console) -> None:
         console.print(table)
 
 
-def report(preset: str, console: Console) -> None:
+def report(preset: str, model: str, console: Console) -> None:
     """All tables and two pictures of what is there."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    results = [r for r in load_results(RESULTS).values() if r["preset"] == preset]
+    results = [r for r in load_results(RESULTS).values() if (r["preset"], r["asked"]["model"]) == (preset, model)]
     tasks = sorted({r["task"] for r in results})
     if not tasks:
         console.print(f"nothing measured yet with preset {preset}.")
@@ -357,21 +358,23 @@ def report(preset: str, console: Console) -> None:
 
 def main(options: Options) -> None:
     console, preset = Console(), PRESETS[options.preset]
-    if options.model is not None:
-        preset = dataclasses.replace(preset, model=options.model)
+    check_names("job", options.jobs, JOBS)
+    other = options.model if options.model != preset.model else None
+    preset = dataclasses.replace(preset, model=options.model or preset.model)
     if options.report:
-        return report(options.preset, console)
+        return report(options.preset, preset.model, console)
     model = spa.FitConfig(preset.model, "wiki-description").load_model()
+    runs = options.runs / run_key(options.preset, other)
     for seed in options.seeds:
         for task in options.tasks or preset.tasks:
             bench = None
             for job, measure in JOBS.items():
-                key = f"{options.preset}/{task}/{'any' if job in SEEDLESS else seed}/{job}"
+                key = run_key(f"{options.preset}/{task}/{'any' if job in SEEDLESS else seed}/{job}", other)
                 done = load_results(RESULTS).get(key)
                 asked = json.loads(json.dumps(dataclasses.asdict(preset)))
                 if (options.jobs and job not in options.jobs) or (done and done["asked"] == asked):
                     continue
-                bench = bench or Bench(preset, task, seed, model, options.runs / options.preset, console)
+                bench = bench or Bench(preset, task, seed, model, runs, console)
                 console.print(f"[bold]{key}")
                 start, cpu = time.time(), time.process_time()
                 result = measure(bench)
@@ -380,7 +383,7 @@ def main(options: Options) -> None:
                 save_result(RESULTS, key, result | {"device": device_name()})
                 shown = {k: round(v, 4) for k, v in result.items() if isinstance(v, float)}
                 console.print(f"{shown} in {result['seconds']} s")
-    report(options.preset, console)
+    report(options.preset, preset.model, console)
 
 
 if __name__ == "__main__":

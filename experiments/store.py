@@ -23,6 +23,15 @@ def check_names(kind: str, asked: Iterable[str], known: Iterable[str]) -> None:
             raise SystemExit(f"error: {unknown(kind, name, known)}")
 
 
+def run_key(key: str, *others: str | None) -> str:
+    """``key``, which begins with the preset; behind "other/" and what a run has instead of the preset's, if anything.
+
+    The pages show runs of the presets as they are: another model's is kept beside them.
+    """
+    said = [one.replace("/", "-") for one in others if one is not None]
+    return "/".join(["other", *said, key]) if said else key
+
+
 def load_results(file: Path) -> dict:
     """Key -> result; empty when there is no file yet."""
     return json.loads(file.read_text()) if file.exists() else {}

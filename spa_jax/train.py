@@ -30,7 +30,7 @@ from rich.console import Console
 from mlfs_jax.checkpoint import Checkpoints
 from mlfs_jax.data.batches import Batches
 from mlfs_jax.data.encode import Encoded, fingerprint
-from mlfs_jax.errors import ConfigError, some
+from mlfs_jax.errors import ConfigError, RunError, some
 from mlfs_jax.hosts import by_writer, decided, is_writer, several
 from mlfs_jax.importance import Importance, measure_importance
 from mlfs_jax.model import Model
@@ -125,7 +125,13 @@ def load_run(path: str | Path, *, model: Model | None = None) -> Fitted:
         RunError: there is no finished run. PluginError: the plugin does not fit the base.
     """
     run = Run.open(path, finished=True, kinds=(FIT,))
-    config = from_json({name: value for name, value in run.config.items() if name != "data"})
+    try:
+        config = from_json({name: value for name, value in run.config.items() if name != "data"})
+    except (TypeError, KeyError) as e:
+        raise RunError(
+            f"{run.path} holds no run of {FIT} that this version reads ({e}): it is damaged, of another program, or of "
+            f"version {run.version}."
+        ) from e
     model = model or config.load_model()
     plugin = load_plugin(run.path).check(model.decoder, model.base, model.source)
     return Fitted(config, model, plugin)

@@ -168,6 +168,12 @@ def test_a_run_says_what_it_is_of(config, tmp_path):
         mlfs.load_run(tmp_path / "run")
     with pytest.raises(RunError, match="is a run of `spa fit`: expected one of `spa baseline`"):
         load_baseline(tmp_path / "run")
+    file = tmp_path / "run" / "run.json"  # one of mlfs fit, from before a run said what it is of
+    old = json.loads(file.read_text())
+    del old["kind"], old["config"]["side"]
+    file.write_text(json.dumps(old))
+    with pytest.raises(RunError, match=r"no run of spa fit that this version reads \('side'\)"):
+        load_run(tmp_path / "run")
 
 
 def test_one_plugin_for_each_user(config, tmp_path):
