@@ -100,7 +100,7 @@ def report(options: Options, console: Console) -> None:
     if not tasks:
         console.print(f"nothing measured yet with preset {preset}.")
         return
-    figure, panels = plt.subplots(1, len(tasks), figsize=(5 * len(tasks), 4), squeeze=False)
+    figure, panels = plt.subplots(1, len(tasks), figsize=(5 * len(tasks), 4), squeeze=False, layout="constrained")
     for panel, task in zip(panels[0], tasks, strict=True):
         runs = [r for r in results if r["task"] == task]
         table = Table(title=f"{task}: mean and standard deviation of {len(runs)} seeds ({preset})")
@@ -126,8 +126,8 @@ def report(options: Options, console: Console) -> None:
             spreads = [np.std(scores[name], ddof=len(runs) > 1) for name in names]
             panel.errorbar([shares[name] for name in names], means, spreads, fmt=marker, capsize=3, label=label)
         panel.set(title=task, xlabel="share of the maxnet's non-embedding parameters", ylabel="score")
-        panel.legend(loc="lower right")
-    figure.tight_layout()
+    lines, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=len(labels))
     figure.savefig(RESULTS.with_suffix(".png"), dpi=120)
     console.print(f"wrote {RESULTS.with_suffix('.png')}")
 

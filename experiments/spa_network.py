@@ -185,9 +185,9 @@ def plot(points: list[dict], options: Options) -> None:
 
     figure, panel = plt.subplots(figsize=(5, 3.5), layout="constrained")
     panel.plot([p["ms_per_token"] for p in points], [100 * p["rougeL"] for p in points], marker="o")
-    for i, p in enumerate(points):  # below, and above for every other one: neighbours are close
-        place = (-4, 5) if i % 2 else (4, -11)
-        at = {"xytext": place, "textcoords": "offset points", "ha": "right" if i % 2 else "left", "fontsize": 8}
+    for i, p in enumerate(points):  # above, and below for every other one: neighbours are close
+        place = (4, -11) if i % 2 else (-4, 5)
+        at = {"xytext": place, "textcoords": "offset points", "ha": "left" if i % 2 else "right", "fontsize": 8}
         panel.annotate(f"usage {p['usage']:.2f}", (p["ms_per_token"], 100 * p["rougeL"]), **at)
     panel.margins(0.2)
     panel.set(xlabel=f"ms a token, rtt {options.rtt:g} ms, {options.bandwidth:g} MB/s", ylabel="Rouge-L")

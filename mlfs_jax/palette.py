@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.table import Table
@@ -160,6 +161,7 @@ class Palette:
         """A PNG: the metric against parameters and against latency at the smallest batch size."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.transforms import Bbox
 
         batch = min(self.rows[0].latency_ms)
         panels = (
@@ -172,17 +174,6 @@ class Palette:
         axes = figure.subplots(1, 2, sharey=True)
         for ax, (label, costs) in zip(axes, panels, strict=True):
             ax.plot(costs, scores, "o", color="tab:blue", clip_on=False)
-            ranks = sorted(range(len(costs)), key=costs.__getitem__)
-            for rank, i in enumerate(ranks):  # neighbours above and below in turn, so that labels keep apart
-                ax.annotate(
-                    f"{self.rows[i].name}\n{scores[i]:.3f}",
-                    (costs[i], scores[i]),
-                    xytext=(0, 7 if rank % 2 else -7),
-                    textcoords="offset points",
-                    ha="center",
-                    va="bottom" if rank % 2 else "top",
-                    fontsize=8,
-                )
             ax.set_xlim(0, 1.12 * max(costs))  # from zero: half the cost is half the way
             ax.set_xlabel(label)
             ax.grid(alpha=0.3)
@@ -199,8 +190,40 @@ class Palette:
             axes[0].set_yticks([tick for tick in np.arange(-1, 1.01, 0.2).round(1) if tick >= min(0.0, *scores)])
         axes[0].set_ylabel(f"{self.metric} ({self.split}, {self.examples:,} examples)")
         figure.suptitle(f"{short(self.model)} on {short(self.task)}, {self.length} tokens, {self.device}", fontsize=10)
+        figure.draw_without_rendering()  # the layout is made: what a label covers can be asked
+        for ax, (_, costs) in zip(axes, panels, strict=True):
+            points = ax.transData.transform(list(zip(costs, scores, strict=True)))
+            taken = [Bbox.from_bounds(x - 8, y - 8, 16, 16) for x, y in points]
+            for i in np.argsort(costs):
+                options: list[tuple[int, int, Bbox, Any]] = []
+                for (dx, dy), across, up in SIDES:
+                    label = ax.annotate(
+                        f"{self.rows[i].name}\n{scores[i]:.3f}",
+                        (costs[i], scores[i]),
+                        xytext=(dx, dy),
+                        textcoords="offset points",
+                        ha=across,
+                        va=up,
+                        fontsize=8,
+                    )
+                    box = label.get_window_extent()
+                    options.append((sum(box.overlaps(other) for other in taken), len(options), box, label))
+                *_, box, best = min(options, key=lambda option: option[:2])
+                for *_, label in options:
+                    if label is not best:
+                        label.remove()
+                taken.append(box)
         figure.savefig(file, dpi=150)
         return Path(file)
+
+
+SIDES = (
+    ((0, 7), "center", "bottom"),
+    ((0, -7), "center", "top"),
+    ((9, 0), "left", "center"),
+    ((-9, 0), "right", "center"),
+)
+"""Where a label of :meth:`Palette.plot` may stand beside its point: offset in points, and how it is aligned."""
 
 
 def short(name: str) -> str:

@@ -17,8 +17,6 @@ from websockets.asyncio.server import serve
 
 from spa_jax.network import TOKEN_BYTES, Latency, Link, Method, Proxy, Shape, methods, predict, sleep_until
 
-PARTS = ("device", "cloud", "network")
-
 
 @dataclass(frozen=True)
 class Row:
@@ -193,7 +191,10 @@ def plot_budget(points: Sequence[tuple[float, float]], chosen: tuple[float, floa
 
 
 def plot(rows: Sequence[Row], file: Path) -> Path:
-    """Stacked bars, one panel a link: predicted on the left of each pair, measured on the right."""
+    """Bars of the whole time of a token, one panel a link: predicted on the left of each pair, measured on the right.
+
+    On a logarithmic axis, the same in all panels: ways are up to a hundred times apart. Hence wholes, and no parts.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -202,29 +203,27 @@ def plot(rows: Sequence[Row], file: Path) -> Path:
     links = list(dict.fromkeys(row.link for row in rows))
     wide = min(3, len(links))
     high = -(-len(links) // wide)
-    figure, grid = plt.subplots(high, wide, figsize=(3.6 * wide, 0.3 + 3.1 * high), squeeze=False)
+    size = (max(6.0, 3.6 * wide), 0.5 + 2.8 * high)
+    figure, grid = plt.subplots(high, wide, figsize=size, squeeze=False, sharey=True, layout="constrained")
     panels = grid.ravel()[: len(links)]
     for empty in grid.ravel()[len(links) :]:
         empty.set_axis_off()
-    colours = dict(zip(PARTS, ("#4c72b0", "#55a868", "#c44e52"), strict=True))
+    totals = [total for row in rows for total in (row.predicted.total, row.measured.total)]
     for panel, link in zip(panels, links, strict=True):
         here = [row for row in rows if row.link == link]
-        for side, name, shade in ((-0.2, "predicted", 0.55), (0.2, "measured", 1.0)):
-            bottom = np.zeros(len(here))
-            for part in PARTS:
-                height = np.array([max(getattr(getattr(row, name), part), 0) for row in here])
-                label = f"{part}, {name}" if panel is panels[0] else None
-                panel.bar(
-                    np.arange(len(here)) + side, height, 0.38, bottom, color=colours[part], alpha=shade, label=label
-                )
-                bottom += height
-        panel.set_xticks(range(len(here)), [row.method for row in here], rotation=25, ha="right")
+        for side, name, colour in ((-0.2, "predicted", "#a1b8d6"), (0.2, "measured", "#4c72b0")):
+            heights = [getattr(row, name).total for row in here]
+            label = name if panel is panels[0] else None
+            bars = panel.bar(np.arange(len(here)) + side, heights, 0.38, color=colour, label=label)
+            if name == "measured":
+                panel.bar_label(bars, fmt="{:.0f}", fontsize=7, padding=1)
+        panel.set_xticks(range(len(here)), [row.method for row in here], rotation=25, ha="right", fontsize=8)
         panel.set_title(f"{link.rtt_ms:g} ms, {link.bandwidth_mb_s:g} MB/s", fontsize=10)
-        panel.set_yscale("symlog", linthresh=10)
+        panel.set_yscale("log")
+        panel.set_ylim(min(totals) / 2, 2.5 * max(totals))  # room for the figures above the bars
     for first in grid[:, 0]:
         first.set_ylabel("ms a token")
-    figure.legend(loc="upper center", ncol=3, fontsize=7, frameon=False)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 / (0.3 + 3.1 * high)))
+    figure.legend(loc="outside upper center", ncol=2, fontsize=8, frameon=False)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
     plt.close(figure)
