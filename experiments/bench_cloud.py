@@ -26,6 +26,7 @@ import mlfs_jax as mlfs
 from mlfs_jax.config import DecoderConfig, Rope
 from mlfs_jax.generate import GenerateConfig
 from mlfs_jax.model import Model, init_model
+from mlfs_jax.timing import device_name
 from spa_jax.cloud import Cloud, CloudConfig
 from spa_jax.cloud_model import DecoderCloud
 from spa_jax.decode import generate
@@ -142,6 +143,7 @@ def main(options: Options) -> None:
     used = np.concatenate([used for _, used, _, _ in answers])
     result = {
         **asdict(options),
+        "cpu": device_name(),
         "texts_checked": min(options.check, options.devices),
         "texts_unlike_their_solo_run": wrong,
         "seconds": seconds,

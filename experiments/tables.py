@@ -357,7 +357,8 @@ def cloud() -> str:
         return NOTHING
     step, model = found["step"], found["model"] or "a random model of 4 layers"
     return (
-        f"{found['devices']} devices with a plugin each, {found['tokens']} tokens each, on one cloud ({model}): "
+        f"{found['devices']} devices with a plugin each, {found['tokens']} tokens each, on one cloud ({model}"
+        f"{', on ' + found['cpu'] if 'cpu' in found else ''}): "
         f"{found['texts_checked'] - len(found['texts_unlike_their_solo_run'])} of {found['texts_checked']} texts are "
         f"their solo run's; a step takes {step['p50_ms']:.0f} ms in the median, {step['p99_over_p50']:.1f} times that "
         f"at the 99th percentile; {found['batch_fill']:.0f} sessions share a step on average; weights and caches take "
