@@ -189,7 +189,7 @@ def plot(points: list[dict], options: Options) -> None:
         place = (4, -11) if i % 2 else (-4, 5)
         at = {"xytext": place, "textcoords": "offset points", "ha": "left" if i % 2 else "right", "fontsize": 8}
         panel.annotate(f"usage {p['usage']:.2f}", (p["ms_per_token"], 100 * p["rougeL"]), **at)
-    panel.margins(0.2)
+    panel.margins(0.3, 0.2)
     panel.set(xlabel=f"ms a token, rtt {options.rtt:g} ms, {options.bandwidth:g} MB/s", ylabel="Rouge-L")
     figure.savefig(RESULT.with_suffix(".png"), dpi=120)
 
