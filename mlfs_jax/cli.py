@@ -36,7 +36,7 @@ examples:
   mlfs fit --model minilm-l6 --task my.jsonl --out runs/mine --steps 300 100 100
   mlfs palette runs/demo
   mlfs export runs/demo --subnet quarter --to exported/quarter
-  mlfs export runs/demo --subnet heads=6,mlp=768,depth=3 --to exported/mine
+  mlfs export runs/demo --subnet heads=6,mlp=736,depth=3 --to exported/mine
   mlfs verify exported/quarter --against runs/demo
   mlfs generate --model smollm2-135m --prompt "The capital of France is"
   mlfs info runs/demo --json
@@ -145,7 +145,7 @@ def _fit_from(chosen: Any, args: Sequence[str] = ()):
 
         Args:
             out: folder of the run; new, empty, or holding the same run.
-            preset: defaults for the options above: full, or demo (minutes on two cores).
+            preset: defaults for the other options: full, or demo (minutes on two cores).
             mesh: several devices, e.g. data=2,fsdp=4,tensor=1: copies, split weights, split layers. A run may go on
                 with another one.
         """
@@ -174,7 +174,7 @@ def palette(
     Args:
         run: folder of the run.
         all: every uniform subnet of the space, not only the named ones.
-        subnets: only these: names, or sizes such as heads=6,mlp=768,depth=3.
+        subnets: only these: names, or sizes such as heads=6,mlp=736,depth=3.
         split: of the task; the default is test where there is one, else validation.
         length: tokens of a sequence, for FLOPs and latency; the default is what the run cuts texts to.
         batch_sizes: to measure latency at.
@@ -211,7 +211,7 @@ def export(
     Args:
         run: folder of the run.
         to: folder to write, or a file that ends in .gguf, for llama.cpp; an earlier export there is replaced.
-        subnet: its name (mlfs info RUN lists them), or sizes such as heads=6,mlp=768,depth=3.
+        subnet: its name (mlfs info RUN lists them), or sizes such as heads=6,mlp=736,depth=3.
         peft: write the adapter of the maxnet in the format of peft instead, for the unchanged pretrained model.
         gguf_type: of the matrices in a .gguf file.
     """
@@ -223,6 +223,8 @@ def export(
         raise ConfigError(f"--peft --subnet {subnet}: an adapter belongs to the whole model; leave --subnet out.")
     if not peft and subnet is None:
         raise ConfigError("--subnet is missing: give a name such as quarter, or sizes (`mlfs info RUN` lists them).")
+    if gguf_type != "f16" and to.suffix != ".gguf":
+        raise ConfigError(f"--gguf-type {gguf_type}: {to} is no file that ends in .gguf; name one, or leave it out.")
     fitted = load_run(run, finished=True)
     if peft:
         written = export_adapter(fitted, to)
@@ -283,26 +285,23 @@ def _generate_with():
         Args:
             model: a name of the catalogue, a model folder, a GGUF file, a hub id, or the folder of a finished run.
             prompt: the text.
-            subnet: a name such as half, or sizes such as heads=6,mlp=768,depth=20; the default is the whole model.
+            subnet: a name such as half, or sizes such as heads=3,mlp=736,depth=15; the default is the whole model.
             chat: the prompt is what a user says: put it into the model's chat template.
             seed: of random sampling.
             mesh: several devices, as for mlfs fit: tensor=N splits heads and neurons, fsdp=N all weights.
         """
-        from rich.console import Console
-
         from mlfs_jax.load import load_subnet
         from mlfs_jax.sharding import make_mesh
 
-        network, console = load_subnet(model, subnet, mesh=None if mesh is None else make_mesh(mesh)), Console()
+        network = load_subnet(model, subnet, mesh=None if mesh is None else make_mesh(mesh))
         pieces: Iterable[str]
         if config.beams > 1:
             pieces = generate_text(network, [prompt], config, chat=chat)
         else:
             pieces = stream_text(network, prompt, config, key=seed, chat=chat)
         for piece in pieces:
-            console.out(piece, end="", highlight=False)
-            sys.stdout.flush()
-        console.out("")
+            print(piece, end="", flush=True)
+        print()
 
     return generate
 

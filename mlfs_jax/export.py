@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from mlfs_jax.errors import RunError
-from mlfs_jax.hf.export import ExportReport, export_hf
+from mlfs_jax.hf.export import ORIGIN, ExportReport, export_hf
 from mlfs_jax.hf.gguf_write import GGUFReport, export_gguf
 from mlfs_jax.hf.peft import PeftReport, export_peft
 from mlfs_jax.importance import reorder, reorder_lora
@@ -28,7 +28,6 @@ from mlfs_jax.slicing import slice_subnet
 from mlfs_jax.subnet import Subnet
 from mlfs_jax.train import Fitted
 
-FILE = "mlfs.json"
 FORMAT = 1
 
 
@@ -52,14 +51,14 @@ class Origin:
     files: dict[str, str]
 
     def write(self, directory: Path) -> None:
-        write_json(directory / FILE, {"format": FORMAT, **dataclasses.asdict(self)})
+        write_json(directory / ORIGIN, {"format": FORMAT, **dataclasses.asdict(self)})
 
     @classmethod
     def read(cls, directory: str | Path) -> Origin:
         """Raises RunError when the folder is none that ``mlfs export`` wrote, or its ``mlfs.json`` is damaged."""
-        file = Path(directory).expanduser() / FILE
+        file = Path(directory).expanduser() / ORIGIN
         if not file.is_file():
-            raise RunError(f"{directory} has no {FILE}: give a folder that `mlfs export RUN --subnet ...` wrote.")
+            raise RunError(f"{directory} has no {ORIGIN}: give a folder that `mlfs export RUN --subnet ...` wrote.")
         try:
             saved = json.loads(file.read_text(encoding="utf-8"))
             if saved.pop("format") != FORMAT:
@@ -93,7 +92,7 @@ def export_subnet(
     """Write a subnet of a run as a Hugging Face checkpoint, with tokenizer, model card and origin.
 
     Args:
-        subnet: what ``fitted.space.named`` understands: ``"quarter"``, or ``"heads=6,mlp=768,depth=3"``.
+        subnet: what ``fitted.space.named`` understands: ``"quarter"``, or ``"heads=6,mlp=736,depth=3"``.
         run: name of the run's folder, for people.
         palette: measured numbers for the model card, if there are any.
 

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mlfs_jax.backbone.tree import flatten
-from mlfs_jax.export import FILE as ORIGIN
 from mlfs_jax.export import Origin, licence_of
-from mlfs_jax.hf.export import REPORT
+from mlfs_jax.hf.export import ORIGIN, REPORT
 from mlfs_jax.hf.load import load_checkpoint
 from mlfs_jax.model import Model
 from mlfs_jax.palette import Palette, shape

@@ -29,7 +29,8 @@ from mlfs_jax.errors import DataError, DownloadError, unknown
 __all__ = ["ENTRIES", "Entry", "cache_dir", "fetch", "get_entry", "is_whole", "resolve_model"]
 
 MANIFEST = "manifest.json"
-HF_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")  # all that a model folder needs; no pickles
+HF_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")  # all that a model folder needs; no pickles
+DOUBLES = ["*/*", "consolidated*"]  # the same weights once more, in other formats
 STALE_SECONDS = 24 * 3600
 
 
@@ -305,7 +306,7 @@ def _from_hub(repo: str, files: tuple[str, ...]) -> Path:
             "download it, or give a local folder."
         ) from e
     try:
-        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=list(files)))
+        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=list(files), ignore_patterns=DOUBLES))
     except Exception as e:  # the hub client raises a dozen kinds, its HTTP library's among them
         last = str(e).strip().splitlines() or [type(e).__name__]
         raise DownloadError(

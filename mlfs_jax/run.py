@@ -62,7 +62,7 @@ class Run:
         Raises:
           RunError: the folder holds a run with another config or other files, or another process trains there.
         """
-        path, config = Path(path).absolute(), _as_json(config)
+        path, config = Path(path).expanduser().absolute(), _as_json(config)
         run = by_writer(lambda: cls._create_or_resume(path, config, kind))
         if run is None:
             info = _read_info(path)
@@ -114,7 +114,7 @@ class Run:
           RunError: there is no such folder, it holds no run, one of another kind, or (with `finished`) one without a
             result.
         """
-        path, made = Path(path).absolute(), kinds[0] if kinds else "mlfs fit"
+        path, made = Path(path).expanduser().absolute(), kinds[0] if kinds else "mlfs fit"
         if not path.is_dir():
             raise RunError(f"there is no run folder {path}: give the folder that `{made} --out` wrote")
         run = cls(path, _read_info(path), lock=None, resumed=True)

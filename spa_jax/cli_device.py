@@ -118,14 +118,12 @@ class Kit:
 
     def printer(self, prompt: list[int]):
         """Prints tokens as text, as they come."""
-        from tokenizers.decoders import DecodeStream
+        from mlfs_jax.data.tokenizer import TextStream
 
-        decoder = DecodeStream(skip_special_tokens=True)
-        for token in prompt:
-            decoder.step(self.tokenizer, token)
+        text = TextStream(self.tokenizer, prompt)
 
         def show(token: int, used: bool) -> None:
-            print(decoder.step(self.tokenizer, token) or "", end="", flush=True)
+            print(text.step(token), end="", flush=True)
 
         return show
 

@@ -142,7 +142,7 @@ def latency(
         cloud_ms: of the cloud's part of a token, instead of measuring it (without a plugin: 30).
         device_ms: of the device's part of a gated token, instead of measuring it (without a plugin: 5).
         coding: of the frames.
-        png: write stacked bars, too.
+        png: write bars of the whole time, too.
         json: print the rows as JSON and nothing else.
     """
     from rich.table import Table

@@ -8,7 +8,7 @@ from mlfs_jax.data.encode_language import encode_lm, encode_seq2seq
 from mlfs_jax.data.encoded import Encoded, fingerprint
 from mlfs_jax.data.examples import Examples
 from mlfs_jax.data.tasks import Task, get_task
-from mlfs_jax.data.tokenizer import CHUNK, check_length, load_tokenizer, model_config
+from mlfs_jax.data.tokenizer import CHUNK, check_ids, check_length, load_tokenizer, model_config
 
 __all__ = ["Encoded", "encode", "fingerprint", "load_task", "load_tokenizer"]
 
@@ -24,7 +24,7 @@ def encode(examples: Examples, model_dir: str | Path, max_length: int) -> Encode
     tokenizer.enable_truncation(max_length)
     texts, pairs = examples.texts, examples.pairs
     inputs: list = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
-    with_types = config.get("type_vocab_size", 0) > 1
+    with_types = config.get("type_vocab_size", 2 * (config.get("model_type") in ("bert", "electra"))) > 1
     lengths, ids, types = [], [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
     for start in range(0, len(inputs), CHUNK):
         encodings = tokenizer.encode_batch(inputs[start : start + CHUNK])
@@ -32,10 +32,11 @@ def encode(examples: Examples, model_dir: str | Path, max_length: int) -> Encode
         ids.append(np.array([t for e in encodings for t in e.ids], np.int32))
         if with_types:
             types.append(np.array([t for e in encodings for t in e.type_ids], np.int32))
+    check_ids(config, flat := np.concatenate(ids), tokenizer)
     pad_id = config.get("pad_token_id")
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     return Encoded(
-        ids=np.concatenate(ids),
+        ids=flat,
         types=np.concatenate(types) if with_types else None,
         offsets=offsets,
         labels=examples.labels,

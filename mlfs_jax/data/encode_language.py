@@ -7,7 +7,7 @@ import numpy as np
 
 from mlfs_jax.data.encoded import Encoded
 from mlfs_jax.data.examples import Examples
-from mlfs_jax.data.tokenizer import CHUNK, check_length, load_tokenizer, model_config, specials
+from mlfs_jax.data.tokenizer import CHUNK, check_ids, check_length, load_tokenizer, model_config, specials
 from mlfs_jax.errors import ConfigError, DataError
 
 
@@ -18,12 +18,14 @@ def encode_lm(examples: Examples, model_dir: str | Path, max_length: int, *, who
     training) left out. Raises `ConfigError` for a max_length the model has no positions for, `DataError` for too
     little text.
     """
-    check_length(model_config(model_dir), max_length)
+    config = model_config(model_dir)
+    check_length(config, max_length)
     tokenizer = load_tokenizer(model_dir)
     special = specials(model_dir, tokenizer)
     prefix = [t for t in special.prefix if t != special.eos]  # OPT begins texts with the token that ends them
     parts = [np.array([*prefix, *ids, special.eos], np.int32) for ids in _tokenize(tokenizer, examples.texts)]
     stream = np.concatenate([np.zeros(0, np.int32), *parts])
+    check_ids(config, stream, tokenizer)
     cuts = np.arange(0, len(stream) + 1, max_length)
     if not whole_blocks and len(stream) - cuts[-1] >= 2:  # of one token nothing is to be predicted
         cuts = np.append(cuts, len(stream))
@@ -55,7 +57,8 @@ def encode_seq2seq(examples: Examples, model_dir: str | Path, max_length: int, m
         ConfigError: a max_length that the model has no positions for, or with no room for the prompts.
         DataError: a prompt that is no token.
     """
-    check_length(model_config(model_dir), max_length)
+    config = model_config(model_dir)
+    check_length(config, max_length)
     tokenizer = load_tokenizer(model_dir)
     special = specials(model_dir, tokenizer)
     max_completion = min(max_completion, max_length // 2)
@@ -70,8 +73,10 @@ def encode_seq2seq(examples: Examples, model_dir: str | Path, max_length: int, m
         ids.append(np.array(row, np.int32))
         starts.append(start)
         lengths.append(len(row))
+    flat = np.concatenate([np.zeros(0, np.int32), *ids])
+    check_ids(config, flat, tokenizer)
     return Encoded(
-        ids=np.concatenate([np.zeros(0, np.int32), *ids]),
+        ids=flat,
         types=None,
         offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         labels=None,

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -140,6 +141,7 @@ def _read_jsonl(file: Path, content: str) -> list[Row]:
 def _read_csv(file: Path, content: str) -> list[Row]:
     reader = csv.DictReader(io.StringIO(content, newline=""), strict=True)
     records = []
+    limit = csv.field_size_limit(len(content) + 1)
     try:
         header = reader.fieldnames or []
         missing = {"text", "label"} - set(header)
@@ -153,16 +155,20 @@ def _read_csv(file: Path, content: str) -> list[Row]:
             records.append((reader.line_num, record))
     except csv.Error as e:
         raise DataError(f"{file}, line {reader.line_num}: not CSV: {e}.") from e
-    # A CSV has no types: the labels are numbers if every one of them reads as a number.
-    for number in (int, float):
-        try:
-            typed = [number(record["label"]) for _, record in records]
-        except ValueError:
+    finally:
+        csv.field_size_limit(limit)
+    # A CSV has no types: the labels are numbers if every one of them is written as one, and none is lost by that.
+    for number, written in NUMBERS.items():
+        if not all(written.fullmatch(record["label"]) for _, record in records):
             continue
+        typed = [number(record["label"]) for _, record in records]
         records = [(line, record | {"label": label}) for (line, record), label in zip(records, typed, strict=True)]
         break
     return [_row(file, line, record) for line, record in records]
 
+
+NUMBERS = {int: re.compile(r"-?(0|[1-9]\d*)"), float: re.compile(r"[-+]?(0|[1-9]\d*)(\.\d*)?([eE][-+]?\d+)?")}
+"""How a label is written that is a number: not 0042, which is a name."""
 
 READERS = {".jsonl": _read_jsonl, ".csv": _read_csv}
 

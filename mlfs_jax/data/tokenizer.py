@@ -1,8 +1,11 @@
 """What a model's folder says about its text: the tokenizer, the special tokens, the room for positions."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from mlfs_jax.errors import ConfigError, DataError
 
@@ -61,6 +64,16 @@ def check_length(config: dict, max_length: int) -> None:
         raise ConfigError(f"max_length is {max_length}; expected 4 to {room}, the positions the model has.")
 
 
+def check_ids(config: dict, ids: np.ndarray, tokenizer) -> None:
+    """Raise `DataError` for token ids that the model of this config.json has no row for."""
+    rows = config.get("vocab_size")
+    if rows is not None and ids.size and (high := int(ids.max())) >= rows:
+        raise DataError(
+            f"token {tokenizer.id_to_token(high)!r} has the id {high}, and the model {rows} rows: this tokenizer is of "
+            "another model, or has tokens that were added after it; resize the model's embeddings to them."
+        )
+
+
 def positions(config: dict) -> int:
     """Tokens a model can take: RoBERTa's table has pad_token_id + 1 rows that no token uses."""
     names = ("max_position_embeddings", "n_positions", "seq_length")  # of most, of GPT-2, of Bloom
@@ -114,3 +127,34 @@ def _eos_by_name(file: Path, tokenizer) -> int | None:
         return None
     token = token.get("content") if isinstance(token, dict) else token
     return None if token is None else tokenizer.token_to_id(token)
+
+
+class TextStream:
+    """Text of tokens, a piece for each, as they come; a character of several tokens comes with its last one.
+
+    Args:
+        prompt: tokens before the first, which may decide how that is spelt.
+    """
+
+    def __init__(self, tokenizer, prompt: Sequence[int] = ()):
+        self._tokenizer = tokenizer
+        self._restart()
+        for token in prompt:
+            self.step(token)
+
+    def _restart(self) -> None:
+        from tokenizers.decoders import DecodeStream
+
+        self._decoder = DecodeStream(skip_special_tokens=True)
+
+    def step(self, token: int) -> str:
+        """The text that this token completes, often none. Bytes that are no UTF-8 become the replacement character."""
+        try:
+            return self._decoder.step(self._tokenizer, token) or ""
+        except Exception:  # the Rust side raises plain Exception where bytes before this token were no character
+            self._restart()
+        try:
+            return "\ufffd" + (self._decoder.step(self._tokenizer, token) or "")
+        except Exception:
+            self._restart()
+            return "\ufffd"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from jaxtyping import Array
 
 from mlfs_jax.backbone.tree import Mask
-from mlfs_jax.data.tokenizer import load_tokenizer, prefix_of, utf8
+from mlfs_jax.data.tokenizer import TextStream, load_tokenizer, prefix_of, utf8
 from mlfs_jax.errors import DataError
 from mlfs_jax.generate.sampling import GREEDY, GenerateConfig
 from mlfs_jax.generate.session import generate, stream
@@ -82,12 +82,5 @@ def _as_chats(model: Model, texts: Sequence[str]) -> list[str]:
 
 def _decode(tokenizer, prompt: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:
     """Text of the tokens behind a prompt (whose last token may decide how the next one is spelt)."""
-    from tokenizers.decoders import DecodeStream
-
-    decoder = DecodeStream(skip_special_tokens=True)
-    for token in prompt:
-        decoder.step(tokenizer, token)
-    for token in tokens:
-        piece = decoder.step(tokenizer, token)
-        if piece:
-            yield piece
+    text = TextStream(tokenizer, prompt)
+    yield from filter(None, map(text.step, tokens))

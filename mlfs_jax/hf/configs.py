@@ -86,7 +86,9 @@ def from_hf(
                 "backbone with that head."
             )
     if head not in family.heads:
-        raise ConfigError(f"head = {head!r}: expected one of {', '.join(family.heads)}.")
+        hint = " This is an encoder; for texts that go on, give a language model, such as smollm2-135m."
+        heads = f"a {hf['model_type']} has {', '.join(family.heads)}."
+        raise ConfigError(f"head = {head!r}: {heads}{hint if head == 'lm' else ''}")
     if isinstance(family, DecoderFamily):
         if labels is not None or problem is not None:
             raise ConfigError(

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from mlfs_jax.backbone.tree import flatten
 from mlfs_jax.config import Config
-from mlfs_jax.errors import CheckpointError, RunError
+from mlfs_jax.errors import CheckpointError, RunError, some
 from mlfs_jax.hf.card import model_card
 from mlfs_jax.hf.configs import to_hf
 from mlfs_jax.hf.families import FAMILIES
@@ -25,6 +25,9 @@ from mlfs_jax.model import Model, abstract
 
 REPORT = "mlfs_export.json"
 """The report beside the weights; it also marks a folder as one that a new export may replace."""
+
+ORIGIN = "mlfs.json"
+"""Written beside an export of a run, see :class:`mlfs_jax.export.Origin`."""
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -142,6 +145,16 @@ def _check_free(directory: Path) -> None:
         raise RunError(
             f"{directory} holds something that is not an export of mlfs_jax (no {REPORT}): choose another "
             "folder, or empty this one."
+        )
+    there = {path.name for path in directory.iterdir()}
+    try:
+        ours = set(json.loads((directory / REPORT).read_text(encoding="utf-8"))["files"]) if there else set()
+    except (ValueError, KeyError, TypeError):  # a damaged report: nothing but itself is known to be ours
+        ours = set()
+    if others := sorted(there - ours - {REPORT, "README.md", ORIGIN}):
+        raise RunError(
+            f"{directory} holds more than an export of mlfs_jax, and a new one would delete it: {some(others)}. Move "
+            "that away, or choose another folder."
         )
 
 

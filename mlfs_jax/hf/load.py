@@ -18,7 +18,7 @@ from jaxtyping import Array
 from safetensors import SafetensorError, safe_open
 
 from mlfs_jax.backbone.tree import flatten
-from mlfs_jax.config import Config
+from mlfs_jax.config import Config, DecoderConfig
 from mlfs_jax.errors import CheckpointError, ConfigError, some
 from mlfs_jax.hf.configs import family_of, from_hf, own_labels
 from mlfs_jax.hf.gguf import gguf_in, prepare_folder, read_gguf
@@ -144,7 +144,7 @@ def load_checkpoint(
     sharding: Placement | None = None,
 ) -> tuple[Model, LoadReport]:
     """:func:`from_pretrained` for a local directory, with the report."""
-    directory = Path(directory)
+    directory = Path(directory).expanduser()
     if (gguf := gguf_in(directory)) is not None:
         if labels is not None or problem is not None:
             raise ConfigError(f"labels = {labels}, problem = {problem!r}: {gguf} is a language model and has neither.")
@@ -160,6 +160,8 @@ def load_checkpoint(
         config = from_hf(
             hf, head=head, labels=labels, problem=problem, pooler=any(key.startswith("pooler.") for key in tensors)
         )
+        if isinstance(config, DecoderConfig):
+            config = _with_ends(config, directory)
         fresh = _fresh_sites(hf, family, config, tensors)
 
         specs = flatten(abstract(config)[1])
@@ -196,6 +198,16 @@ def load_checkpoint(
             weights[name] = _place(np.asarray(fresh_one, dtype), specs[name].axes, sharding)
     report = LoadReport(directory, tuple(files), tuple(initialised), tuple(dropped))
     return build(config, weights, name=directory.name, source=directory), report
+
+
+def _with_ends(config: DecoderConfig, directory: Path) -> DecoderConfig:
+    """The config with the tokens that generation_config.json ends texts with, too: a chat model may name them there."""
+    file = directory / "generation_config.json"
+    if not file.is_file():
+        return config
+    ends = read_config(file).get("eos_token_id")
+    ends = (ends,) if isinstance(ends, int) else tuple(ends or ())
+    return config.replace(eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *ends))))
 
 
 def read_config(path: Path) -> dict:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Array
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mlfs_jax.backbone.tree import STACKED, flatten
@@ -20,6 +21,7 @@ from mlfs_jax.hf.families import FAMILIES
 from mlfs_jax.hf.table import to_theirs
 from mlfs_jax.model import Model
 
+MADE = {"made_by": "mlfs_jax"}
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 TASKS = {"none": "FEATURE_EXTRACTION", "sequence": "SEQ_CLS", "token": "TOKEN_CLS", "mlm": None, "lm": "CAUSAL_LM"}
@@ -64,8 +66,10 @@ def export_peft(
         RunError: the folder holds something else than an adapter.
     """
     directory = Path(directory).expanduser()
-    if directory.exists() and any(directory.iterdir()) and not (directory / CONFIG).is_file():
-        raise RunError(f"{directory} holds something that is not an adapter: choose another folder, or empty this one.")
+    if directory.exists() and any(directory.iterdir()) and not _is_ours(directory / WEIGHTS):
+        raise RunError(
+            f"{directory} holds something that is not an adapter of mlfs_jax: choose another folder, or empty this one."
+        )
     config, family = model.config, FAMILIES[model.config.family]
     to_hf(config)  # a sliced shape has no base that PEFT could load
     params = flatten(model.base)
@@ -133,10 +137,19 @@ def export_peft(
         "modules_to_save": saved or None,
     }
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"} | MADE)
     (directory / CONFIG).write_text(json.dumps(adapter, indent=2) + "\n", encoding="utf-8")
     params_written = sum(tensor.size for tensor in tensors.values())
     return PeftReport(directory, (CONFIG, WEIGHTS), rank, tuple(targets), tuple(saved), params_written)
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether an earlier export wrote this adapter: one of somebody else is not written over."""
+    try:
+        with safe_open(file, "numpy") as opened:
+            return MADE.items() <= (opened.metadata() or {}).items()
+    except (OSError, SafetensorError):
+        return False
 
 
 def _modules(model: Model, site: str) -> list[str]:

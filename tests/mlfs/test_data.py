@@ -108,6 +108,15 @@ def test_csv_with_pairs_quotes_and_a_byte_order_mark(tmp_path):
     assert train.texts[0].startswith("one, ") and "\n" in train.texts[0] and train.pairs[0].startswith("two é")
 
 
+def test_csv_labels_that_only_look_like_numbers_stay_names(tmp_path):
+    names = ("0042", "042", "1_0")
+    rows = "".join(f"t{i},{names[i % 3]}\n" for i in range(100))
+    assert get_task(write(tmp_path / "d.csv", "text,label\n" + rows)).labels == names
+    long = "word " * 30_000  # more than the csv module takes by itself
+    rows = "".join(f"{long if i == 7 else i},{i % 2}\n" for i in range(100))
+    assert get_task(write(tmp_path / "e.csv", "text,label\n" + rows)).labels == ("0", "1")
+
+
 def test_fractions_are_scores_to_regress_on(tmp_path):
     task = get_task(write(tmp_path / "d.csv", "text,label\n" + "".join(f"t{i},{i / 4}\n" for i in range(100))))
     assert (task.problem, task.labels, task.metric, task.num_labels) == ("regression", (), "pearson", 1)

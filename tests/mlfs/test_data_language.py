@@ -1,6 +1,7 @@
 """Language tasks: their splits, blocks of text, prompts and completions, what of a batch counts in the loss."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -132,6 +133,14 @@ def test_special_tokens(model, with_begin, tmp_path):
         specials(silent)
     (silent / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": UNUSED}}))
     assert specials(silent).eos == 2
+
+
+def test_a_token_that_the_model_has_no_row_for(model, tmp_path):
+    shutil.copytree(model, tmp_path / "small")
+    config = json.loads((model / "config.json").read_text())
+    (tmp_path / "small" / "config.json").write_text(json.dumps(config | {"vocab_size": 3}))
+    with pytest.raises(DataError, match=r"has the id \d+, and the model 3 rows"):
+        encode_lm(Examples(TEXTS), tmp_path / "small", 8)
 
 
 def test_positions_by_their_names():

@@ -1,6 +1,7 @@
 """Generation of text: prompts through the tokenizer, pieces as they come, chat templates, and ``mlfs generate``."""
 
 import json
+import shutil
 
 import pytest
 
@@ -9,6 +10,7 @@ from mlfs_jax.errors import DataError
 from mlfs_jax.generate import GenerateConfig, generate, generate_text, stream_text
 from mlfs_jax.generate.text import _decode
 from mlfs_jax.hf.export import export_hf
+from mlfs_jax.hf.load import from_pretrained
 from mlfs_jax.slicing import slice_subnet
 from mlfs_jax.subnet import SubnetSpace
 from tests.mlfs.test_generate import quick_compiles  # noqa: F401
@@ -42,8 +44,6 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(folder):
-    from mlfs_jax.hf.load import from_pretrained
-
     return from_pretrained(folder)
 
 
@@ -91,6 +91,28 @@ def test_a_character_of_several_tokens_comes_whole():
     tokenizer.decoder = decoders.ByteLevel()
     ids = tokenizer.encode("né 🎉 ok").ids
     assert list(_decode(tokenizer, ids[:1], ids[1:])) == ["é", " ", "🎉", " ", "o", "k"]
+
+
+def test_bytes_that_are_no_character_end_no_text():
+    """A tokenizer that spells what it does not know in bytes, and a model that writes half a character."""
+    from tokenizers import Tokenizer, decoders, models
+
+    words = ["<unk>", *(f"<0x{i:02X}>" for i in range(256)), "▁one", "▁two"]
+    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [], unk_token="<unk>"))
+    strip = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(strip)
+    one, two, half = words.index("▁one"), words.index("▁two"), words.index("<0xE6>")
+    text = "".join(_decode(tokenizer, [one], [two, words.index("<0x0A>"), half, two, one]))
+    assert text.startswith(" two\n") and "�" in text and text.endswith("two one")
+
+
+def test_a_chat_models_other_ends_are_in_generation_config(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "chat")
+    (tmp_path / "chat" / "generation_config.json").write_text('{"eos_token_id": [2, 4]}')
+    ends = from_pretrained(tmp_path / "chat").config.eos_token_ids
+    assert ends == (2, 4)
+    export_hf(from_pretrained(tmp_path / "chat"), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == [2, 4]
 
 
 def test_the_command(model, folder, capsys):

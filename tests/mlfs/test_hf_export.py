@@ -167,9 +167,12 @@ def test_only_an_earlier_export_is_replaced(tmp_path):
     mine = tmp_path / "mine"
     mine.mkdir()
     export_hf(model, mine)
-    (mine / "left over").write_text("")
     report = export_hf(model, mine)
     assert set(report.files) == {p.name for p in mine.iterdir()}
+    (mine / "notes.md").write_text("mine")
+    with pytest.raises(RunError, match=r"a new one would delete it: notes\.md"):
+        export_hf(model, mine)
+    assert (mine / "notes.md").read_text() == "mine"
     thesis = tmp_path / "thesis"
     thesis.mkdir()
     (thesis / "chapter").write_text("1")

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from mlfs_jax import init_lora
 from mlfs_jax.errors import ConfigError, RunError
@@ -141,3 +142,9 @@ def test_what_peft_cannot_hold_is_refused(load_base, tmp_path):
     (tmp_path / "y" / "file").write_text("")
     with pytest.raises(RunError, match="not an adapter"):
         export_peft(model, {}, tmp_path / "y", base_model_name="base")
+    lora = init_lora(jax.random.key(0), model)
+    for _ in range(2):  # its own is written over
+        export_peft(model, lora, tmp_path / "z", base_model_name="base")
+    save_file({"theirs": np.ones(2)}, tmp_path / "z" / "adapter_model.safetensors")
+    with pytest.raises(RunError, match="not an adapter of mlfs_jax"):
+        export_peft(model, lora, tmp_path / "z", base_model_name="base")

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mlfs_jax.errors import RunError, SubnetError, UnknownNameError
-from mlfs_jax.export import FILE, Origin, export_adapter, export_subnet, fingerprint
+from mlfs_jax.export import ORIGIN, Origin, export_adapter, export_subnet, fingerprint
 from mlfs_jax.hf.load import load_checkpoint
 from mlfs_jax.model import forward
 from mlfs_jax.palette import measure
@@ -47,7 +47,7 @@ def test_card_has_numbers_task_and_licence(fitted, tmp_path):
     assert f"| accuracy | {palette.rows[0].score:.4f} |" in card
     assert "AutoModelForSequenceClassification.from_pretrained" in card and "0 down, 1 up" in card and "licence" in card
     assert json.loads((report.directory / "config.json").read_text())["id2label"] == {"0": "down", "1": "up"}
-    for file in ("README.md", FILE):
+    for file in ("README.md", ORIGIN):
         assert str(fitted.model.source.parent) not in (report.directory / file).read_text(), "a path of this machine"
     export_subnet(fitted, "heads=2,mlp=10,depth=1", tmp_path / "out", palette=palette)
     assert "Not measured" in (report.directory / "README.md").read_text()
@@ -118,7 +118,7 @@ def test_wrong_folders(fitted, tmp_path):
         export_subnet(fitted, "maxnet", tmp_path)
     assert (tmp_path / "notes.txt").read_text() == "mine"
     export_subnet(fitted, "maxnet", tmp_path / "out")
-    (tmp_path / "out" / FILE).write_text("{}")
+    (tmp_path / "out" / ORIGIN).write_text("{}")
     with pytest.raises(RunError, match="damaged"):
         verify(tmp_path / "out", fitted)
 
