@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlfs_jax.backbone.tree import flatten
+from mlfs_jax.errors import RunError
 from mlfs_jax.export import Origin, licence_of
 from mlfs_jax.hf.export import ORIGIN, REPORT
 from mlfs_jax.hf.load import load_checkpoint
@@ -161,8 +162,11 @@ def _describe_export(path: Path) -> dict:
         **_model(model),
     }
     if (path / REPORT).is_file():
-        report = json.loads((path / REPORT).read_text(encoding="utf-8"))
-        described["shape repairs"] = {k: report[k] for k in ("padded", "why", "params_before", "params_after")}
+        try:
+            report = json.loads((path / REPORT).read_text(encoding="utf-8"))
+            described["shape repairs"] = {k: report[k] for k in ("padded", "why", "params_before", "params_after")}
+        except (ValueError, KeyError, TypeError) as e:
+            raise RunError(f"{path / REPORT} is damaged ({e!r}): export again.") from e
     return described
 
 

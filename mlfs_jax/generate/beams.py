@@ -11,8 +11,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mlfs_jax.generate.loop import State, Step
 
-WORST = -1e9
-"""The score of a hypothesis that is none."""
+NONE = -jnp.inf
+"""The score of an ended hypothesis that is none."""
+SHUT = -1e9
+"""The sum of log-probabilities of an open one that is not to be continued."""
 
 
 class Beams(NamedTuple):
@@ -81,18 +83,18 @@ def beam_search(
 
         scores, _, token, grown = extend(logprobs)
         ends = stop[token] | (length >= limit)
-        scores = jnp.where(ends & beams.improvable[:, None], scores / weight, WORST)
+        scores = jnp.where(ends & beams.improvable[:, None], scores / weight, NONE)
         ended_scores, best = jax.lax.top_k(jnp.concatenate([beams.ended_scores, scores], 1), K)
         ended = gather(jnp.concatenate([beams.ended, grown], 1), best)
         is_ended = gather(jnp.concatenate([beams.is_ended, ends & beams.improvable[:, None]], 1), best)
 
         open_scores, parent, _, open = extend(jnp.where(stop, -jnp.inf, logprobs))
         state = reorder(state, (parent + offset).reshape(-1))
-        hope = open_scores[:, :1] / weight > jnp.where(is_ended, ended_scores.min(1, keepdims=True), WORST)
+        hope = open_scores[:, :1] / weight > jnp.where(is_ended, ended_scores.min(1, keepdims=True), NONE)
         return Beams(state, length, open, open_scores, ended, ended_scores, is_ended, beams.improvable & hope.any(1))
 
     none = jnp.full((B, K, room), -1, jnp.int32)
-    only_first = jnp.full((B, K), WORST).at[:, 0].set(0)  # else K times the same hypothesis
+    only_first = jnp.full((B, K), SHUT).at[:, 0].set(0)  # else K times the same hypothesis
     state = reorder(state, jnp.repeat(jnp.arange(B), K))
     start = Beams(
         state,
@@ -100,7 +102,7 @@ def beam_search(
         open=none,
         open_scores=only_first,
         ended=none,
-        ended_scores=jnp.full((B, K), WORST),
+        ended_scores=jnp.full((B, K), NONE),
         is_ended=jnp.zeros((B, K), bool),
         improvable=jnp.ones(B, bool),
     )

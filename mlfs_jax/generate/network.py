@@ -67,7 +67,8 @@ class Network:
     def stop(self, tokens: tuple[int, ...] | None) -> Bool[np.ndarray, " V"]:
         """Which tokens end a text; None: the model's own."""
         config = self.model.decoder
-        tokens = config.eos_token_ids if tokens is None else tokens
+        if tokens is None:  # a model without a row for its own end never writes it
+            tokens = tuple(token for token in config.eos_token_ids if token < config.vocab_size)
         strange = [token for token in tokens if not 0 <= token < config.vocab_size]
         if strange:
             raise ConfigError(f"stop_tokens has {strange}: expected ids from 0 to {config.vocab_size - 1}.")

@@ -58,8 +58,8 @@ class GenerateConfig:
             raise ConfigError(f"temperature = {self.temperature}: expected 0 (no sampling) or more.")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p = {self.top_p}: expected a probability above 0, up to 1 (all tokens).")
-        if not math.isfinite(self.length_penalty):
-            raise ConfigError(f"length_penalty = {self.length_penalty}: expected a finite number.")
+        if not abs(self.length_penalty) <= 8:  # length^penalty and what is divided by it are float32
+            raise ConfigError(f"length_penalty = {self.length_penalty}: expected a number from -8 to 8.")
         if self.beams > 1 and self.temperature:
             raise ConfigError(
                 f"beams = {self.beams} with temperature = {self.temperature}: a beam search draws nothing at random; "

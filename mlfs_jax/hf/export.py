@@ -111,7 +111,7 @@ def export_hf(
     hf["dtype"] = str(weights["embed.tokens.table"].dtype)
 
     directory.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    fresh = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.resolve().parent))
     try:
         fresh.chmod(0o755)  # mkdtemp's own is for this user only
         files = ["config.json", *_write_weights(fresh, config, weights, max_shard_bytes)]
@@ -197,6 +197,7 @@ def _write_weights(folder: Path, config: Config, weights: dict[str, np.ndarray],
 
 def _replace(fresh: Path, directory: Path) -> None:
     """Move ``fresh`` to ``directory``; an earlier export leaves only once the new one is whole."""
+    directory = directory.resolve()  # of a link, what it leads to
     if directory.exists():
         _check_free(directory)  # it may have changed meanwhile
         old = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old.", dir=directory.parent))

@@ -214,10 +214,13 @@ def tokenizer_metadata(folder: Path | None, config: DecoderConfig) -> dict[str, 
     if file is None or not file.is_file():
         where = f"{folder} has no tokenizer.json" if folder is not None else "the model comes with no tokenizer"
         raise CheckpointError(f"{where}: a GGUF needs one. Give tokenizer_from, a folder with tokenizer.json.")
-    spec = json.loads(file.read_text(encoding="utf-8"))
-    said = folder / "tokenizer_config.json"
-    said = json.loads(said.read_text(encoding="utf-8")) if said.is_file() else {}
-    model = spec["model"]
+    said_file = folder / "tokenizer_config.json"
+    try:
+        spec = json.loads(file.read_text(encoding="utf-8"))
+        said = json.loads(said_file.read_text(encoding="utf-8")) if said_file.is_file() else {}
+        model = spec["model"]
+    except (ValueError, KeyError, TypeError) as e:
+        raise CheckpointError(f"the tokenizer in {folder} is damaged ({e!r}): restore its files.") from e
     if model.get("type") != "BPE":
         raise CheckpointError(f"{file} is of the kind {model.get('type')!r}: a GGUF is written here of BPE only.")
     merges = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]

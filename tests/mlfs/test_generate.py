@@ -126,6 +126,12 @@ def test_the_distribution_sampled_from_is_transformers(oracle):
     assert warped._cache_size() == 1
 
 
+def test_beams_of_a_strong_penalty_write_a_text(model):
+    """Divided by a tiny number, scores fall below any that stands for none."""
+    found = generate(model, [[5, 6, 7]], GenerateConfig(64, beams=2, length_penalty=-8.0, stop_tokens=()))
+    assert len(found.tokens[0]) == 64
+
+
 # --- sampling
 
 
@@ -316,7 +322,7 @@ def test_decoding_works_over_any_step_function():
         ({"top_k": 9}, "set a temperature"),
         ({"temperature": 1.0, "beams": 4}, "set one of them"),
         ({"length_penalty": 2.0}, "set beams, too"),
-        ({"beams": 2, "length_penalty": float("inf")}, "expected a finite number"),
+        ({"beams": 2, "length_penalty": float("inf")}, "expected a number from -8 to 8"),
     ],
 )
 def test_a_setting_that_cannot_be_says_why(change, says):

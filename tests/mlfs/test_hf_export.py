@@ -169,6 +169,9 @@ def test_only_an_earlier_export_is_replaced(tmp_path):
     export_hf(model, mine)
     report = export_hf(model, mine)
     assert set(report.files) == {p.name for p in mine.iterdir()}
+    (tmp_path / "link").symlink_to(mine)
+    export_hf(model, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and not list(tmp_path.glob(".*"))
     (mine / "notes.md").write_text("mine")
     with pytest.raises(RunError, match=r"a new one would delete it: notes\.md"):
         export_hf(model, mine)
