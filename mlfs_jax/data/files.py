@@ -37,6 +37,10 @@ def read_splits(
     problem = problem or ("regression" if any(isinstance(r.label, float) for r in rows) else "classification")
     names = _label_names(file, rows, labels) if problem == "classification" else ()
     splits = {split: _examples(*table, problem, names) for split, table in tables.items()}
+    paired = {split: part.pairs is not None for split, part in splits.items()}
+    if len({*paired.values()}) > 1:
+        having, lacking = ([split for split, pair in paired.items() if pair is which] for which in (True, False))
+        raise DataError(f"{path}: text_pair is in {' and '.join(having)} and not in {' and '.join(lacking)}.")
     if not path.is_dir():
         splits = split_file(path, splits["train"])
     if problem == "classification" and len(np.unique(splits["train"].labels)) < 2:
@@ -175,11 +179,11 @@ READERS = {".jsonl": _read_jsonl, ".csv": _read_csv}
 
 def _row(file: Path, line: int, record: dict) -> Row:
     for field in ("text", "label"):
-        if record.get(field) is None:
+        if field not in record:
             raise DataError(f"{file}, line {line}: no field {field!r}; it has {sorted(record)}.")
     text, pair, label = record["text"], record.get("text_pair"), record["label"]
     for field, value in (("text", text), ("text_pair", pair)):
-        if field in record and value is not None and (not isinstance(value, str) or not value.strip()):
+        if (value is not None or field == "text") and (not isinstance(value, str) or not value.strip()):
             raise DataError(f"{file}, line {line}: {field} is {value!r}; expected a text that is not empty.")
     if isinstance(label, bool):
         label = int(label)

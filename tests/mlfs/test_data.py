@@ -148,6 +148,9 @@ def test_a_folder_with_its_own_splits(tmp_path):
     splits = get_task(tmp_path).read()
     assert {s: len(e) for s, e in splits.items()} == {"train": 10, "validation": 2}
     assert splits["validation"].labels.tolist() == [1, 0]
+    write(tmp_path / "validation.csv", "text,text_pair,label\nx,z,yes\ny,z,no\n")
+    with pytest.raises(DataError, match="text_pair is in validation and not in train"):
+        get_task(tmp_path)
     write(tmp_path / "test.jsonl", jsonl([*rows_of(2), {"text": "z", "label": "maybe"}]))
     with pytest.raises(DataError, match=r"test\.jsonl, line 3: label 'maybe' is outside the known labels \(no, yes\)"):
         get_task(tmp_path)
@@ -170,6 +173,8 @@ BAD_FILES = {
     "empty text": ("d.jsonl", GOOD + '{"text": " ", "label": "no"}\n', r"line 5: text is ' '"),
     "text no string": ("d.jsonl", GOOD + '{"text": 3, "label": "no"}\n', r"line 5: text is 3"),
     "half a pair": ("d.jsonl", GOOD + '{"text": "a \\ud800 b", "label": "no"}\n', r"line 5: \\ud800 is half of"),
+    "label null": ("d.jsonl", GOOD + '{"text": "a", "label": null}\n', r"line 5: label is None"),
+    "text null": ("d.jsonl", GOOD + '{"text": null, "label": "no"}\n', r"line 5: text is None"),
     "label a list": ("d.jsonl", GOOD + '{"text": "a", "label": [1]}\n', r"line 5: label is \[1\]"),
     "label NaN": ("d.jsonl", GOOD + '{"text": "a", "label": NaN}\n', r"line 5: label is nan"),
     "mixed labels": ("d.jsonl", GOOD + '{"text": "a", "label": 1}\n', r"line 5: label 1, but line 1 has 'no'"),
