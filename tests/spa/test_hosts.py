@@ -55,7 +55,7 @@ def test_one_is_killed_the_other_says_so_and_the_restarted_job_ends_the_same(fla
     with two(CLI, command, cache) as processes:
         wait_for_steps(run, 10, processes)
         processes[1].kill()
-        code, said = ended(processes[0], timeout=HEARTBEAT + 60)
+        code, said = ended(processes[0], timeout=HEARTBEAT + 150)
     assert code == LOST and "the same command in all of them again" in said and "Traceback" not in said, said
     assert not Run.open(run).finished
     with two(CLI, command, cache) as processes:
