@@ -100,7 +100,7 @@ def export_hf(
         RunError: the folder holds something that is not an export, or the model that this one is made from.
         CheckpointError: ``tokenizer_from`` has no tokenizer.
     """
-    directory = Path(directory).expanduser()
+    directory = Path(directory).expanduser().absolute()  # so that "." has a name
     _check_free(directory)
     if model.source is not None and directory.resolve() == model.source.resolve():
         raise RunError(f"{directory} is the model that this one is made from, and runs need it: choose another folder.")
@@ -201,8 +201,14 @@ def _replace(fresh: Path, directory: Path) -> None:
     if directory.exists():
         _check_free(directory)  # it may have changed meanwhile
         old = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old.", dir=directory.parent))
-        directory.rename(old)
-        fresh.rename(directory)
+        if directory == Path.cwd():  # whoever stands in it would stand in the old one: only what it holds is moved
+            for path in list(directory.iterdir()):
+                path.rename(old / path.name)
+            for path in sorted(fresh.iterdir(), key=lambda path: path.name != REPORT):  # half of it is known as ours
+                path.rename(directory / path.name)
+        else:
+            directory.rename(old)
+            fresh.rename(directory)
         shutil.rmtree(old, ignore_errors=True)
     else:
         fresh.rename(directory)

@@ -1,6 +1,7 @@
 """Export: what transformers opens computes what ours computes, also in shapes that it cannot express."""
 
 import json
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -162,7 +163,7 @@ def test_shards_tokenizer_card_and_labels(tmp_path):
     assert not [p for p in report.directory.parent.iterdir() if p.name.startswith(".")]
 
 
-def test_only_an_earlier_export_is_replaced(tmp_path):
+def test_only_an_earlier_export_is_replaced(tmp_path, monkeypatch):
     model = random_model(config_of("bert", "none", 12, 3, 4))
     mine = tmp_path / "mine"
     mine.mkdir()
@@ -172,6 +173,11 @@ def test_only_an_earlier_export_is_replaced(tmp_path):
     (tmp_path / "link").symlink_to(mine)
     export_hf(model, tmp_path / "link")
     assert (tmp_path / "link").is_symlink() and not list(tmp_path.glob(".*"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for _ in range(2):  # empty, and an earlier export
+        assert (export_hf(model, ".").directory / "config.json").is_file() and Path("config.json").is_file()
+    assert 'from_pretrained("here")' in Path("README.md").read_text() and not list(tmp_path.glob(".*"))
     (mine / "notes.md").write_text("mine")
     with pytest.raises(RunError, match=r"a new one would delete it: notes\.md"):
         export_hf(model, mine)
