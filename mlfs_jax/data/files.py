@@ -171,8 +171,11 @@ def _read_csv(file: Path, content: str) -> list[Row]:
     return [_row(file, line, record) for line, record in records]
 
 
-NUMBERS = {int: re.compile(r"-?(0|[1-9]\d*)"), float: re.compile(r"[-+]?(0|[1-9]\d*)(\.\d*)?([eE][-+]?\d+)?")}
-"""How a label is written that is a number: not 0042, which is a name."""
+NUMBERS = {
+    int: re.compile(r" *(0|-?[1-9][0-9]*) *"),
+    float: re.compile(r" *-?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)? *|nan|-?inf", re.IGNORECASE),
+}
+"""How a label is written that is a number: not 0042 nor +1, which are names. What is not finite is refused later."""
 
 READERS = {".jsonl": _read_jsonl, ".csv": _read_csv}
 

@@ -112,6 +112,8 @@ def test_csv_labels_that_only_look_like_numbers_stay_names(tmp_path):
     names = ("0042", "042", "1_0")
     rows = "".join(f"t{i},{names[i % 3]}\n" for i in range(100))
     assert get_task(write(tmp_path / "d.csv", "text,label\n" + rows)).labels == names
+    signs = "".join(f"t{i},{'+-'[i % 2]}1\n" for i in range(100))
+    assert get_task(write(tmp_path / "s.csv", "text,label\n" + signs)).labels == ("+1", "-1")
     long = "word " * 30_000  # more than the csv module takes by itself
     rows = "".join(f"{long if i == 7 else i},{i % 2}\n" for i in range(100))
     assert get_task(write(tmp_path / "e.csv", "text,label\n" + rows)).labels == ("0", "1")
@@ -176,6 +178,7 @@ BAD_FILES = {
     "label null": ("d.jsonl", GOOD + '{"text": "a", "label": null}\n', r"line 5: label is None"),
     "text null": ("d.jsonl", GOOD + '{"text": null, "label": "no"}\n', r"line 5: text is None"),
     "label a list": ("d.jsonl", GOOD + '{"text": "a", "label": [1]}\n', r"line 5: label is \[1\]"),
+    "score nan": ("d.csv", "text,label\na,.5\nb, 1.5\nc,nan\n", r"line 4: label is nan"),
     "label NaN": ("d.jsonl", GOOD + '{"text": "a", "label": NaN}\n', r"line 5: label is nan"),
     "mixed labels": ("d.jsonl", GOOD + '{"text": "a", "label": 1}\n', r"line 5: label 1, but line 1 has 'no'"),
     "pairs now and then": ("d.jsonl", GOOD + '{"text": "a", "text_pair": "b", "label": "no"}\n', r"line 5: some rows"),
