@@ -107,11 +107,19 @@ class Hosts:
         try:
             yield
         except BaseException as e:
-            codes = {KeyboardInterrupt: 130, MLFSError: 2, jax.errors.JaxRuntimeError: LOST}
-            atexit.register(_leave, next((code for kind, code in codes.items() if isinstance(e, kind)), 1))
-            if isinstance(e, jax.errors.JaxRuntimeError):
-                raise HostsError(f"the processes of this job lost each other ({first_line(e)}). {_AGAIN}") from e
+            lost, codes = _loss_in(e), {KeyboardInterrupt: 130, MLFSError: 2}
+            code = next((code for kind, code in codes.items() if isinstance(e, kind)), 1)
+            atexit.register(_leave, LOST if lost else code)
+            if lost:
+                raise HostsError(f"the processes of this job lost each other ({first_line(lost)}). {_AGAIN}") from e
             raise
+
+
+def _loss_in(error: BaseException | None) -> BaseException | None:
+    """The failed collective that an error comes of: jax's own, or one inside what a library made of it (a save)."""
+    while error is not None and not isinstance(error, jax.errors.JaxRuntimeError) and "Gloo" not in str(error):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 _AGAIN = "Start the same command in all of them again: the run continues from its last checkpoint."

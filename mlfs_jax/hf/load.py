@@ -23,13 +23,16 @@ from mlfs_jax.errors import CheckpointError, ConfigError, some
 from mlfs_jax.hf.configs import family_of, from_hf, own_labels
 from mlfs_jax.hf.gguf import gguf_in, prepare_folder, read_gguf
 from mlfs_jax.hf.gguf_file import open_gguf
-from mlfs_jax.hf.table import LEAVES, Family
+from mlfs_jax.hf.table import LEAVES, DecoderFamily, Family
 from mlfs_jax.model import Model, abstract, as_key, build, init_weights
 from mlfs_jax.registry import resolve_model
 
 log = logging.getLogger("mlfs_jax")
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+USES = {"lm": "write texts", "sequence": "label texts", "token": "label tokens", "mlm": "fill in tokens"}
+"""What a head is for."""
 
 Placement = jax.sharding.Sharding | Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding]
 """One sharding for every weight, or a function of the names of its axes and its shape
@@ -119,6 +122,7 @@ def from_pretrained(
         key=key,
         dtype=dtype,
         sharding=sharding,
+        name=Path(name_or_path).name,
     )
     log.log(logging.WARNING if report.initialised else logging.INFO, "%s", report)
     return model.replace(name=Path(name_or_path).name)
@@ -142,10 +146,13 @@ def load_checkpoint(
     key: int | Array = 0,
     dtype: DTypeLike = jnp.float32,
     sharding: Placement | None = None,
+    name: str | None = None,
 ) -> tuple[Model, LoadReport]:
-    """:func:`from_pretrained` for a local directory, with the report."""
+    """:func:`from_pretrained` for a local directory, with the report; ``name`` is what messages call the model."""
     directory = Path(directory).expanduser()
+    name = name or directory.name
     if (gguf := gguf_in(directory)) is not None:
+        _check_use(name, "GGUF", True, head)
         if labels is not None or problem is not None:
             raise ConfigError(f"labels = {labels}, problem = {problem!r}: {gguf} is a language model and has neither.")
         file = open_gguf(gguf)
@@ -155,6 +162,7 @@ def load_checkpoint(
         return model, LoadReport(source, (gguf.name,), (), ())
     hf = read_config(directory)
     family = family_of(hf)
+    _check_use(name, family.name, isinstance(family, DecoderFamily), head)
     with ExitStack() as stack:
         tensors, files = _open(directory, family, stack)
         config = from_hf(
@@ -198,6 +206,15 @@ def load_checkpoint(
             weights[name] = _place(np.asarray(fresh_one, dtype), specs[name].axes, sharding)
     report = LoadReport(directory, tuple(files), tuple(initialised), tuple(dropped))
     return build(config, weights, name=directory.name, source=directory), report
+
+
+def _check_use(name: str, kind: str, decoder: bool, head: str | None) -> None:
+    """Raise `ConfigError` for an encoder that is to write, or a language model that is to label."""
+    if head in USES and decoder != (head == "lm"):
+        what, needed = "a language model", "an encoder, such as minilm-l6"
+        if not decoder:
+            what, needed = "an encoder", "a language model, such as smollm2-135m"
+        raise ConfigError(f"{name} is {what} ({kind}): to {USES[head]} (head = {head!r}), give {needed}.")
 
 
 def _with_ends(config: DecoderConfig, directory: Path) -> DecoderConfig:

@@ -73,6 +73,8 @@ def test_dtype_and_head(llama):
         read_gguf(llama, head="mlm")
     with pytest.raises(ConfigError, match="labels = 3"):
         load_checkpoint(llama, labels=3)
+    with pytest.raises(ConfigError, match=r"small is a language model \(GGUF\): to label texts .* an encoder"):
+        load_checkpoint(llama, head="sequence", labels=3, name="small")
 
 
 def test_untied_head_and_qwen2_biases(tmp_path):

@@ -136,7 +136,7 @@ def test_unknown_families_offer_the_nearest_and_heads_are_checked():
     with pytest.raises(UnknownNameError, match="gemma3_text"):
         from_hf({"model_type": "gemma3"})
     assert {what.split()[0].rstrip(",") for _, what in NOT_NATIVE.values()} <= {*DECODERS}
-    with pytest.raises(ConfigError, match="expected one of none, lm"):
+    with pytest.raises(ConfigError, match="a llama has none, lm"):
         from_hf({"model_type": "llama", **SMALL}, head="sequence")
     with pytest.raises(ConfigError, match="labels = 2"):
         from_hf({"model_type": "llama", **SMALL}, head="lm", labels=2)

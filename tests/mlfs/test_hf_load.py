@@ -94,6 +94,11 @@ def test_other_heads_are_dropped_and_said_so(bert, caplog):
     assert "newly initialised: head.dense.bias" in caplog.text and "cls.predictions.bias" in caplog.text
 
 
+def test_an_encoder_is_no_language_model(bert):
+    with pytest.raises(ConfigError, match=rf"none\d* is an encoder \(bert\): .* give a language model, such as"):
+        from_pretrained(bert["none"], head="lm")
+
+
 def test_a_classifier_of_another_kind_or_size_is_not_reused(bert):
     _, report = load_checkpoint(bert["token"], head="sequence", labels=3)
     assert "classifier.weight" in report.dropped and "head.out.kernel" in report.initialised

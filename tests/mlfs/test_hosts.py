@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from mlfs_jax.cli import main
-from mlfs_jax.errors import ConfigError
-from mlfs_jax.hosts import LOST, Hosts
+from mlfs_jax.errors import CheckpointError, ConfigError
+from mlfs_jax.hosts import LOST, Hosts, _loss_in
 from mlfs_jax.run import Run
 from tests.two_processes import HEARTBEAT, ended, two, wait_for_steps
 
@@ -131,6 +131,14 @@ def test_one_that_waits_alone_says_so(plain, cache, tmp_path):
 def test_mistakes_are_named(given, says):
     with pytest.raises(ConfigError, match=says):
         Hosts(**given)
+
+
+def test_a_lost_process_is_seen_inside_what_failed_by_it():
+    inner = ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer")
+    outer = CheckpointError("step 12 could not be written")
+    outer.__cause__ = inner
+    assert _loss_in(outer) is inner
+    assert _loss_in(CheckpointError("the disk is full")) is None
 
 
 def test_who_is_one_of_several():

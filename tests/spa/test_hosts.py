@@ -84,6 +84,9 @@ def test_sigterm_to_one_stops_both_after_the_same_step_and_one_process_goes_on(f
 )
 def test_what_several_processes_cannot_do_is_said(flags, cache, tmp_path, flag, says):
     with two(CLI, [*flags, "--out", str(tmp_path / "run"), flag], cache) as processes:
-        for code, said in map(ended, processes):
-            assert code == 2 and says in said and "Traceback" not in said, said
+        both = [*map(ended, processes)]
+    for code, said in both:  # the second may find the first one gone before it has looked
+        assert (code == 2 and says in said) or code == LOST, said
+        assert "Traceback" not in said, said
+    assert any(code == 2 for code, _ in both)
     assert not (tmp_path / "run").exists()
