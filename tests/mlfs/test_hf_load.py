@@ -95,7 +95,7 @@ def test_other_heads_are_dropped_and_said_so(bert, caplog):
 
 
 def test_an_encoder_is_no_language_model(bert):
-    with pytest.raises(ConfigError, match=rf"none\d* is an encoder \(bert\): .* give a language model, such as"):
+    with pytest.raises(ConfigError, match=r"none\d* is an encoder \(bert\): .* give a language model, such as"):
         from_pretrained(bert["none"], head="lm")
 
 
