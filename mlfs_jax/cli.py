@@ -141,7 +141,8 @@ def _fit_from(chosen: Any, args: Sequence[str] = ()):
     ) -> int:
         """Train a palette: stage 0 the maxnet, stage 1 widths, stage 2 widths and depths.
 
-        Stop it any time with Ctrl-C or SIGTERM (exit code 0); the same command goes on where it was.
+        Stop it any time with Ctrl-C or SIGTERM (exit code 0); the same command goes on where it was. A language model
+        may also be a .gguf file, its task a .txt file.
 
         Args:
             out: folder of the run; new, empty, or holding the same run.

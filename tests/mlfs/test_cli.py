@@ -109,6 +109,8 @@ def test_mistakes(tiny_run, tiny_hf, mood_task, fit_flags, tmp_path, capsys):
     sizes = ("export", tiny_run, "--subnet", "depth=2,mlp=15", "--to", tmp_path / "a")
     assert "choose from" in error_of(capsys, *sizes)
     assert "--subnet is missing" in error_of(capsys, "export", tiny_run, "--to", tmp_path / "a")
+    typed = ("--subnet", "maxnet", "--gguf-type", "q8_0")
+    assert "no file that ends in .gguf" in error_of(capsys, "export", tiny_run, "--to", tmp_path / "a", *typed)
     assert not (tmp_path / "a").exists()
     foreign = tmp_path / "foreign"
     foreign.mkdir()
@@ -148,6 +150,7 @@ def test_help_of_fit_shows_every_field_and_the_presets_defaults(capsys):
     with pytest.raises(SystemExit):
         main(["fit", "--preset", "demo", "--help"])
     shown = capsys.readouterr().out
+    assert ".gguf" in shown and ".txt" in shown
     for field in FitConfig.__dataclass_fields__:
         assert f"--{field.replace('_', '-')}" in shown, field
     assert "(default: {} {} {})".format(*PRESETS["demo"]["steps"]) in " ".join(shown.split())

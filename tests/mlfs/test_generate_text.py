@@ -130,6 +130,12 @@ def test_the_command(model, folder, capsys):
     assert capsys.readouterr().out == generate_text(slice_subnet(model, subnet), [PROMPT], GenerateConfig(9))[0] + "\n"
 
 
+def test_the_command_prints_what_the_model_wrote(folder, capsys, monkeypatch):
+    monkeypatch.setattr("mlfs_jax.generate.stream_text", lambda *_, **__: iter(["a\tb", "\r\x0c", "[bold]c"]))
+    assert main(["generate", "--model", str(folder), "--prompt", PROMPT]) == 0
+    assert capsys.readouterr().out == "a\tb\r\x0c[bold]c\n"
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [

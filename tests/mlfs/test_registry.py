@@ -344,6 +344,15 @@ def test_resolve_model_on_an_unreachable_hub(monkeypatch):
         registry.resolve_model("org/name")
 
 
+def test_of_a_hub_id_comes_what_a_model_folder_needs():
+    from huggingface_hub.utils import filter_repo_objects
+
+    need = ["config.json", "model-00001-of-00002.safetensors", "tokenizer.model", "chat_template.jinja"]
+    rest = ["consolidated.safetensors", "original/params.json", "onnx/config.json", "pytorch_model.bin", "README.md"]
+    asked = {"allow_patterns": list(registry.HF_FILES), "ignore_patterns": registry.DOUBLES}
+    assert list(filter_repo_objects(need + rest, **asked)) == need
+
+
 def test_pip_is_asked_for_an_isolated_build_where_setuptools_is_old_or_missing(monkeypatch):
     for version, can in (("84.2.1", True), ("70.1", True), ("65.5.0", False), ("70.0.0", False)):
         monkeypatch.setattr(registry.importlib.metadata, "version", lambda _, v=version: v)
