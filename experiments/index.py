@@ -295,6 +295,7 @@ def blocks(results):
     return f"validation loss after the last epoch, nats a token: {told}", None, [r for of in runs.values() for r in of]
 
 
+SHOW = "spa show RUN --prompt TEXT --json --png experiments/results/spa_show.png > experiments/results/spa_show.json"
 TABLES, GATE = "python experiments/spa_tables.py", {"s1": "S1", "spa": "SPA"}
 SPA = (
     Row(
@@ -357,7 +358,7 @@ SPA = (
         TABLES,
         blocks,
     ),
-    Row("Fig. 4, who chose", "each token coloured by who chose it: a picture", "spa show runs/spa --prompt TEXT"),
+    Row("Fig. 4, who chose", "each token coloured by who chose it: a picture", SHOW, tables.show),
 )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 
@@ -131,7 +132,8 @@ def test_the_command(model, folder, capsys):
 
 
 def test_the_command_prints_what_the_model_wrote(folder, capsys, monkeypatch):
-    monkeypatch.setattr("mlfs_jax.generate.stream_text", lambda *_, **__: iter(["a\tb", "\r\x0c", "[bold]c"]))
+    pieces = ["a\tb", "\r\x0c", "[bold]c"]
+    monkeypatch.setattr(sys.modules["mlfs_jax.generate"], "stream_text", lambda *_, **__: iter(pieces))
     assert main(["generate", "--model", str(folder), "--prompt", PROMPT]) == 0
     assert capsys.readouterr().out == "a\tb\r\x0c[bold]c\n"
 

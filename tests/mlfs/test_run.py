@@ -34,6 +34,13 @@ def test_a_new_folder_is_made_and_an_equal_config_resumes(tmp_path):
     assert Run.open(path).config == info["config"]
 
 
+def test_a_folder_below_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Run.create_or_resume("~/runs/demo", CONFIG).close()
+    assert (tmp_path / "runs" / "demo" / "run.json").is_file()
+    assert Run.open("~/runs/demo").config["model"] == "bert-tiny"
+
+
 def test_another_config_is_refused_with_the_differing_keys(tmp_path):
     Run.create_or_resume(tmp_path / "r", CONFIG).close()
     other = {**changed(lr=2e-3, decay=0.1), "stages": [{"steps": 10}]}
