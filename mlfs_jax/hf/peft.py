@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Array
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from mlfs_jax.backbone.tree import STACKED, flatten
 from mlfs_jax.errors import ConfigError, RunError
@@ -20,6 +19,7 @@ from mlfs_jax.hf.configs import to_hf
 from mlfs_jax.hf.families import FAMILIES
 from mlfs_jax.hf.table import to_theirs
 from mlfs_jax.model import Model
+from mlfs_jax.run import write_atomic, write_json
 
 MADE = {"made_by": "mlfs_jax"}
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -63,7 +63,7 @@ def export_peft(
     Raises:
         ConfigError: Hugging Face cannot express the model's shape, or PEFT the adapter (a pair and a delta at one
             site, a parameter outside any module, a projection that is joined with others or stored [in, out]).
-        RunError: the folder holds something else than an adapter.
+        RunError: the folder holds something else than an adapter, or it cannot be written.
     """
     directory = Path(directory).expanduser()
     if directory.exists() and any(directory.iterdir()) and not _is_ours(directory / WEIGHTS):
@@ -137,8 +137,8 @@ def export_peft(
         "modules_to_save": saved or None,
     }
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"} | MADE)
-    (directory / CONFIG).write_text(json.dumps(adapter, indent=2) + "\n", encoding="utf-8")
+    write_atomic(directory / WEIGHTS, save(tensors, metadata={"format": "pt"} | MADE))
+    write_json(directory / CONFIG, adapter)
     params_written = sum(tensor.size for tensor in tensors.values())
     return PeftReport(directory, (CONFIG, WEIGHTS), rank, tuple(targets), tuple(saved), params_written)
 

@@ -1,5 +1,8 @@
 """Adapters in PEFT's format give the same logits through ``peft``."""
 
+import errno
+import os
+
 import jax
 import numpy as np
 import pytest
@@ -148,3 +151,18 @@ def test_what_peft_cannot_hold_is_refused(load_base, tmp_path):
     save_file({"theirs": np.ones(2)}, tmp_path / "z" / "adapter_model.safetensors")
     with pytest.raises(RunError, match="not an adapter of mlfs_jax"):
         export_peft(model, lora, tmp_path / "z", base_model_name="base")
+
+
+def test_a_full_disk_leaves_the_earlier_adapter(load_base, tmp_path, monkeypatch):
+    _, model = load_base("bert", "none", "sequence")
+    lora = init_lora(jax.random.key(0), model)
+    export_peft(model, lora, tmp_path / "x", base_model_name="base")
+    before = (tmp_path / "x" / "adapter_model.safetensors").read_bytes()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RunError, match="the disk is full"):
+        export_peft(model, init_lora(jax.random.key(1), model), tmp_path / "x", base_model_name="base")
+    assert (tmp_path / "x" / "adapter_model.safetensors").read_bytes() == before
