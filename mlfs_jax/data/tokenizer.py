@@ -138,23 +138,34 @@ class TextStream:
 
     def __init__(self, tokenizer, prompt: Sequence[int] = ()):
         self._tokenizer = tokenizer
+        self._whole: int | None = None  # the last token that was text by itself
+        self._waits = False
         self._restart()
         for token in prompt:
             self.step(token)
 
     def _restart(self) -> None:
+        """As behind the last whole token, by which the next one is no first word, which may be spelt in another way."""
         from tokenizers.decoders import DecodeStream
 
         self._decoder = DecodeStream(skip_special_tokens=True)
+        if self._whole is not None:
+            self._try(self._whole)
+
+    def _try(self, token: int) -> str | None:
+        """None: what was read before is no text, and not the beginning of one."""
+        try:
+            return self._decoder.step(self._tokenizer, token) or ""
+        except Exception:  # the Rust side raises plain Exception
+            return None
 
     def step(self, token: int) -> str:
         """The text that this token completes, often none. Bytes that are no UTF-8 become the replacement character."""
-        try:
-            return self._decoder.step(self._tokenizer, token) or ""
-        except Exception:  # the Rust side raises plain Exception where bytes before this token were no character
+        text = self._try(token)
+        if text is None:
             self._restart()
-        try:
-            return "\ufffd" + (self._decoder.step(self._tokenizer, token) or "")
-        except Exception:
-            self._restart()
-            return "\ufffd"
+            text = "\ufffd" + (self._try(token) or "")
+        elif text and not self._waits:
+            self._whole = token
+        self._waits = not text
+        return text

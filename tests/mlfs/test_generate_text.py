@@ -104,7 +104,7 @@ def test_bytes_that_are_no_character_end_no_text():
     tokenizer.decoder = decoders.Sequence(strip)
     one, two, half = words.index("▁one"), words.index("▁two"), words.index("<0xE6>")
     text = "".join(_decode(tokenizer, [one], [two, words.index("<0x0A>"), half, two, one]))
-    assert text.startswith(" two\n") and "�" in text and text.endswith("two one")
+    assert text == " two\n� two one"
 
 
 def test_a_chat_models_other_ends_are_in_generation_config(folder, tmp_path):
