@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +22,10 @@ class Finding:
     where: str
 
 
-def show() -> Finding:
+def show() -> Finding | None:
     """A text of a plugin, and whose tokens it is made of."""
-    found = json.loads((RESULTS / "spa_show.json").read_text(encoding="utf-8"))
+    if not (found := read("spa_show")):
+        return None
     shares = ", ".join(f"{name} {share(found[name])}" for name in ("usage", "diff", "pick"))
     told = f"`{found['text'].strip()}`: {shares}; ![each token by who chose it](results/spa_show.png)"
     return Finding(told, None, "one text, SPA of seed 0 on wiki-description")
