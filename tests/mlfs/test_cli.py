@@ -63,6 +63,8 @@ def test_from_fit_to_info(tiny_run, tiny_hf, tmp_path, capsys):
         assert main(["info", str(thing)]) == 0
         assert capsys.readouterr().out.startswith("kind ")
 
+    (out / "mlfs_export.json").write_text("{oops")
+    assert "is damaged" in error_of(capsys, "info", out)
     weights = out / "model.safetensors"
     damaged = bytearray(weights.read_bytes())
     damaged[-2] ^= 0x40  # the exponent of the last number

@@ -314,6 +314,15 @@ def test_models_without_token_types_get_none(bert_tiny, tmp_path):
         encode(examples_of(["a b c"]), tmp_path, 65)
 
 
+def test_a_pair_has_types_where_config_json_leaves_their_number_out(bert_tiny, tmp_path):
+    config = json.loads((bert_tiny / "config.json").read_text())
+    (tmp_path / "tokenizer.json").write_bytes((bert_tiny / "tokenizer.json").read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "type_vocab_size"}))
+    pair = Examples(["a b"], np.zeros(1, np.int32), ["c d"])
+    np.testing.assert_array_equal(encode(pair, tmp_path, 64).types, encode(pair, bert_tiny, 64).types)
+    assert set(encode(pair, tmp_path, 64).types) == {0, 1}
+
+
 def test_a_folder_without_tokenizer(bert_tiny, tmp_path):
     (tmp_path / "config.json").write_bytes((bert_tiny / "config.json").read_bytes())
     (tmp_path / "tokenizer.json").write_text("{")

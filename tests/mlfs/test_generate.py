@@ -132,6 +132,11 @@ def test_beams_of_a_strong_penalty_write_a_text(model):
     assert len(found.tokens[0]) == 64
 
 
+def test_an_end_that_the_model_has_no_row_for_ends_nothing():
+    model = tiny_decoder("llama", max_positions=128, eos_token_ids=(10**6,))
+    assert len(generate(model, [[5, 6, 7]], GenerateConfig(8)).tokens[0]) == 8
+
+
 # --- sampling
 
 

@@ -77,6 +77,9 @@ def test_what_a_folder_must_have(tmp_path):
         tokenizer_metadata(None, config(10))
     with pytest.raises(CheckpointError, match=r"tokenizer_from, a folder with tokenizer\.json"):
         tokenizer_metadata(tmp_path, config(10))
+    (tmp_path / "tokenizer.json").write_text("{oops")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        tokenizer_metadata(tmp_path, config(10))
     folder = byte_level_tokenizer(tmp_path / "t", PRE_TOKENIZERS["gpt-2"])
     last = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size() - 1
     with pytest.raises(CheckpointError, match=f"a token of id {last}; the model has {last} rows"):
