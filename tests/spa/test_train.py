@@ -221,6 +221,9 @@ def test_a_base_in_bf16_leaves_an_importance_that_others_read(config, tiny_lm, t
     config = dataclasses.replace(config, steps=1, start="sliced")
     coarse = from_pretrained(tiny_lm, head="lm", dtype=jnp.bfloat16)
     fit(config, tmp_path / "coarse", model=coarse, console=QUIET)
+    (file,) = (tmp_path / "cache").rglob("importance/*.npz")
+    with np.load(file) as saved:
+        assert {saved[name].dtype for name in saved} == {np.dtype("float32")}
     fit(config, tmp_path / "fine", console=QUIET)
 
 
