@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from mlfs_jax.backbone.quantised import dequantised
 from mlfs_jax.backbone.tree import flatten, map_named
 from mlfs_jax.config import Config
 from mlfs_jax.errors import DataError
@@ -73,7 +74,8 @@ def measure_importance(
     """Accumulate |w * dLoss/dw| over batches.
 
     Args:
-        model: with its adapters merged, so that what is scored is what will be sliced.
+        model: with its adapters merged, so that what is scored is what will be sliced; a quantised base is scored as
+            the weights that it stands for.
         loss: ``loss(base, batch) -> scalar``; the one place where the base is differentiated.
     """
 
@@ -93,9 +95,9 @@ def measure_importance(
             totals["heads"] += jnp.repeat(shared / group, group, 1)
         return totals
 
-    total = None
+    total, base = None, dequantised(model.base)
     for batch in batches:
-        new = jax.tree.map(lambda x: to_host(x).astype(np.float32), scores(model.base, beside(model.base, batch)))
+        new = jax.tree.map(lambda x: to_host(x).astype(np.float32), scores(base, beside(base, batch)))
         total = new if total is None else jax.tree.map(np.add, total, new)
     if total is None:
         raise DataError("no batches: expected at least one to measure the importance on.")

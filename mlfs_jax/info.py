@@ -71,7 +71,7 @@ def _model(model: Model) -> dict:
     parts: dict[str, int] = {}
     for name, leaf in flatten(model.base).items():
         part = _part(name.rpartition(".")[0])
-        parts[part] = parts.get(part, 0) + leaf[...].size
+        parts[part] = parts.get(part, 0) + leaf.size
     config = {k: v for k, v in dataclasses.asdict(model.config).items() if v is not None}
     return {"config": config, "parameters": {**parts, "total": model.num_params}}
 

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from mlfs_jax.backbone.cache import Cache
 from mlfs_jax.backbone.decoder import Decoder
 from mlfs_jax.backbone.encoder import Encoder
+from mlfs_jax.backbone.quantised import quantise
 from mlfs_jax.backbone.tree import Mask, Output, flatten, map_named
 from mlfs_jax.config import Config, DecoderConfig
 from mlfs_jax.errors import CheckpointError, ConfigError
@@ -48,6 +49,11 @@ class Model:
         """The same network with weights of another type, in which it then computes (see :func:`forward`)."""
         return self.replace(base=cast_base(self.base, dtype))
 
+    def quantise(self, bits: int) -> Model:
+        """The same network, the kernels of its layers in 8 or 4 bits (:mod:`mlfs_jax.backbone.quantised`), or as they
+        are: 32. Raises ConfigError for another number, and for a base on a mesh."""
+        return self.replace(base=quantise(self.base, bits))
+
     @property
     def decoder(self) -> DecoderConfig:
         """The config of a language model; raises ConfigError for an encoder."""
@@ -57,7 +63,7 @@ class Model:
 
     @property
     def num_params(self) -> int:
-        return sum(leaf[...].size for leaf in flatten(self.base).values())
+        return sum(leaf.size for leaf in flatten(self.base).values())
 
 
 def _network(config: Config, rngs: nnx.Rngs) -> Encoder | Decoder:
@@ -117,7 +123,7 @@ def init_model(config: Config, key: Array, **fields) -> Model:
 
 def cast_base(base: nnx.State, dtype: DTypeLike) -> nnx.State:
     """The weights in another type; what has it already is not copied."""
-    return map_named(lambda _, leaf: leaf[...].astype(dtype), base)
+    return map_named(lambda _, leaf: leaf.get_value().astype(dtype), base)
 
 
 @partial(jax.jit, static_argnames=("graphdef", "taps", "remat", "unroll", "rows", "logits"))
@@ -168,7 +174,10 @@ def forward(
     if missing:
         raise ConfigError(f"the adapter is not of this model, which has no {', '.join(sorted(missing))}.")
     if deltas:
-        add = lambda name, leaf: (leaf[...] + deltas[name]).astype(leaf.dtype) if name in deltas else leaf[...]  # noqa: E731
+
+        def add(name: str, leaf: nnx.Param):
+            return (leaf[...] + deltas[name]).astype(leaf.dtype) if name in deltas else leaf.get_value()
+
         base = map_named(add, base)
     pairs, mask = _cast((pairs, mask), flatten(base)["embed.tokens.table"].dtype)
     batch = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}

@@ -19,6 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mlfs_jax.backbone.cache import Cache
+from mlfs_jax.backbone.quantised import Quantised
 from mlfs_jax.backbone.tree import flatten, map_named
 from mlfs_jax.data.batches import Batches
 from mlfs_jax.errors import ConfigError, unknown
@@ -117,7 +118,9 @@ def base_shardings(mesh: Mesh, base: nnx.State) -> nnx.State:
 
 
 def shard_base(mesh: Mesh, base: nnx.State) -> nnx.State:
-    """The base with every weight in its place."""
+    """The base with every weight in its place; raises ConfigError for a quantised one."""
+    if any(isinstance(leaf.get_value(), Quantised) for leaf in flatten(base).values()):
+        raise ConfigError("a quantised base lies on one device: leave the mesh out, or the quantisation.")
     places = {name: leaf.get_value() for name, leaf in flatten(base_shardings(mesh, base)).items()}
     return map_named(lambda name, leaf: put(leaf[...], places[name]), base)
 

@@ -98,5 +98,5 @@ def adapted(model: Model, kind: str, params: dict[str, Array]) -> Model:
     """The model with these adapters in it."""
     width = params["layers.mlp_adapter.up.kernel"].shape[1]
     graphdef, state = abstract_adapted(model.config, kind, width)
-    weights = {name: leaf[...] for name, leaf in flatten(model.base).items()} | params
+    weights = {name: leaf.get_value() for name, leaf in flatten(model.base).items()} | params
     return model.replace(graphdef=graphdef, base=map_named(lambda name, _: weights[name], state))

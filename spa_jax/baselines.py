@@ -5,8 +5,8 @@ side network alone (setting S3 of ``spa fit``). ``one-shot``, ``zero-shot``: the
 training in front of the prompt, or none. ``shared``: a small model of its own whose few layers are used several times
 (EdgeFormer, arXiv 2202.07959; Subformer, arXiv 2101.00234), distilled from the base, whose token table it shares.
 
-``base_bits`` rounds the frozen base to 8 or 4 bits first (weights only), as QLoRA trains beside it. The rounded
-weights are kept in fp32 here: what it shows is the quality, not the memory.
+``base_bits`` keeps the frozen base in 8 or 4 bits (:mod:`mlfs_jax.backbone.quantised`), as QLoRA does. A finished LoRA
+run opens with its pairs merged, in float again.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class BaselineConfig:
         learning_rate: the peak; by default 1e-3, and 2e-3 for "lst", as for other side networks.
         params: about how many parameters to train; by default as many as the default side network of this base has.
         unique, repeats: of "shared": layers of its own, and how often each is used.
-        base_bits: 8 or 4: round the frozen base first; 32: as it is.
+        base_bits: 8 or 4: keep the layers of the frozen base in so many; 32: as they are.
     """
 
     method: str
@@ -83,8 +83,6 @@ class BaselineConfig:
             object.__setattr__(self, "learning_rate", 2e-3 if self.method == "lst" else 1e-3)
         if self.method not in METHODS:
             raise ConfigError(f"method = {self.method!r}: expected one of {', '.join(METHODS)}.")
-        if self.base_bits not in (4, 8, 32):
-            raise ConfigError(f"base_bits = {self.base_bits}: expected 4, 8 or 32.")
         if min(self.unique, self.repeats) < 1 or (self.params is not None and self.params < 1):
             raise ConfigError(
                 f"unique = {self.unique}, repeats = {self.repeats}, params = {self.params}: expected at least 1."
@@ -105,25 +103,6 @@ class BaselineConfig:
     @property
     def trains(self) -> bool:
         return self.method in TRAINED
-
-
-def quantise(model: Model, bits: int, group: int = 64) -> Model:
-    """The model with the kernels of its layers rounded to ``bits``, symmetrically, one scale for ``group`` inputs."""
-    if bits == 32:
-        return model
-    top = 2 ** (bits - 1) - 1
-
-    def rounded(name: str, leaf) -> Array:
-        value = leaf[...]
-        if not (name.startswith(f"{STACKED}.") and name.endswith("kernel")):
-            return value
-        stacked = value.reshape(value.shape[0], int(np.prod(value.shape[1 : 1 + leaf.inputs])), -1)
-        size = next(s for s in range(min(group, stacked.shape[1]), 0, -1) if stacked.shape[1] % s == 0)
-        parts = stacked.reshape(value.shape[0], -1, size, stacked.shape[2])
-        scale = jnp.maximum(jnp.abs(parts).max(2, keepdims=True), 1e-12) / top
-        return (jnp.round(parts / scale) * scale).reshape(value.shape).astype(value.dtype)
-
-    return model.replace(base=map_named(rounded, model.base))
 
 
 def budget(config: BaselineConfig, model: Model) -> int:
@@ -212,9 +191,8 @@ def fit_baseline(
     console = console or Console()
     config = dataclasses.replace(config, model=from_anywhere(config.model), task=from_anywhere(config.task))
     shared = config.fit_config
-    task, model = shared.get_task(), model or shared.load_model()
+    task, model = shared.get_task(), shared.load_model(loaded=model)
     data = shared.load_data(task, model)
-    model = quantise(model, config.base_bits)
     saved = {**dataclasses.asdict(config), "data": fingerprint(data)}
     with preemption() as stop, Run.create_or_resume(out, saved, kind=BASELINE) as run:
         if run.finished or not config.trains:
@@ -273,9 +251,9 @@ def load_baseline(path: str | Path, *, model: Model | None = None) -> Baseline:
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
     config = BaselineConfig(**fields)
     shared = config.fit_config
-    model = model or shared.load_model()
+    model = shared.load_model(loaded=model)
     train = shared.load_data(shared.get_task(), model)["train"]
-    return _assemble(config, quantise(model, config.base_bits), train, run)
+    return _assemble(config, model, train, run)
 
 
 def one_shot_prefix(train: Encoded) -> tuple[int, ...]:

@@ -149,7 +149,7 @@ def _head(plugin, place: str, base) -> dict | None:
     from mlfs_jax.hf.load import from_pretrained
     from spa_jax.device_model import head_names
 
-    model = from_pretrained(base)
+    model = from_pretrained(base).quantise(plugin.base_bits)
     plugin.check(model.decoder, model.base)
     weights = flatten(model.base)
     return {name: weights[name][...] for name in head_names(model.decoder)}

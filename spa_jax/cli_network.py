@@ -41,6 +41,7 @@ def serve(
     slots: int = 8,
     context: int | None = None,
     mesh: str | None = None,
+    base_bits: int = 32,
     public: tuple[Path, ...] = (),
     frame_mb: float = 4.0,
     idle_s: float = 60.0,
@@ -57,6 +58,7 @@ def serve(
         slots: sessions at a time; memory is taken for all of them at once, and printed.
         context: tokens that a session may hold; the default is 1024, or as many as the model has positions for.
         mesh: spread the base over devices, like tensor=2.
+        base_bits: 8 or 4: keep the base's layers in so many, for plugins that were fitted to it so.
         public: files of `spa publish`, so that activations can come down projected.
         frame_mb: larger frames are refused.
         idle_s: seconds until an idle session loses its slot; it resumes by itself.
@@ -87,7 +89,7 @@ def serve(
     token, parts = read_token(token_file), [load_public(file) for file in public]
     with spinner() as advance:
         advance("loading the base")
-        base = from_pretrained(model)
+        base = from_pretrained(model).quantise(base_bits)
         places = None if mesh is None else make_mesh(mesh)
         context = context or min(1024, base.decoder.max_positions)
         served = DecoderCloud(base, slots=slots, context=context, public=parts, mesh=places)

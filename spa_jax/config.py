@@ -13,6 +13,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from mlfs_jax.backbone.quantised import BITS
 from mlfs_jax.data.batches import BUCKETS
 from mlfs_jax.data.encode import Encoded, load_task
 from mlfs_jax.data.tasks import Task, get_task
@@ -54,6 +55,8 @@ class FitConfig:
         cache_gb: the most that cached taps may take.
         taps_folder: for "disk": where, to be kept for other runs on the same data; by default in the run's folder,
             until the run is finished.
+        base_bits: 8 or 4: the frozen base's layers are kept in so many (:meth:`mlfs_jax.Model.quantise`); 32: as they
+            are. A plugin is of the base that it was fitted to: serve that one with the same bits.
         max_length: tokens of prompt and completion; the default is the task's.
         buckets: lengths that batches are padded to (each is one more compile of the step).
         limit: at most this many examples of each split.
@@ -76,6 +79,7 @@ class FitConfig:
     cache_taps: str = "off"
     cache_gb: float = 8.0
     taps_folder: str | None = None
+    base_bits: int = 32
     max_length: int | None = None
     buckets: tuple[int, ...] = BUCKETS
     limit: int | None = None
@@ -103,6 +107,8 @@ class FitConfig:
             raise ConfigError(f"cache_taps = {self.cache_taps!r}: expected one of {', '.join(TAPS)}.")
         if self.taps_folder is not None and self.cache_taps != "disk":
             raise ConfigError(f"taps_folder = {self.taps_folder!r} needs cache_taps = 'disk', got {self.cache_taps!r}.")
+        if self.base_bits not in BITS:
+            raise ConfigError(f"base_bits = {self.base_bits}: expected 4, 8 or 32 (as it is).")
         if self.user is not None and not self.user.strip():
             raise ConfigError("user is empty: name the user whose examples the plugin is made of, or leave user out.")
 
@@ -129,8 +135,10 @@ class FitConfig:
             )
         return task
 
-    def load_model(self, mesh: Mesh | None = None) -> Model:
-        return from_pretrained(self.model, head="lm", sharding=None if mesh is None else partial(sharding_of, mesh))
+    def load_model(self, mesh: Mesh | None = None, *, loaded: Model | None = None) -> Model:
+        """The base as this run wants it: ``loaded``, or what its name stands for."""
+        place = None if mesh is None else partial(sharding_of, mesh)
+        return (loaded or from_pretrained(self.model, head="lm", sharding=place)).quantise(self.base_bits)
 
     def load_data(self, task: Task, model: Model) -> dict[str, Encoded]:
         """The task, encoded by the tokenizer in the model's folder; of one user, if one is named: his splits.

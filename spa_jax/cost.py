@@ -12,8 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from jax.stages import Lowered
 
+from mlfs_jax.backbone.quantised import quantise
 from mlfs_jax.config import DecoderConfig
 from mlfs_jax.lora import init_lora
 from mlfs_jax.model import Model, abstract, forward
@@ -35,12 +37,19 @@ class Workload:
         batch: B, examples.
         length: T, tokens of each.
         counted: tokens of each whose loss counts (the completion): their logits are in memory at a time.
+        base_bits: of the base's layers (:meth:`mlfs_jax.Model.quantise`).
     """
 
     config: DecoderConfig
     batch: int
     length: int
     counted: int
+    base_bits: int = 32
+
+    def base(self) -> tuple[nnx.GraphDef, nnx.State]:
+        """The network, and its weights as shapes."""
+        graphdef, base = abstract(self.config)
+        return graphdef, jax.eval_shape(lambda base: quantise(base, self.base_bits), base)
 
     @property
     def tokens(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -49,7 +58,7 @@ class Workload:
 
     def lora_step(self, *, unroll: bool, rank: int = 8) -> Lowered:
         """A step of fine-tuning the base with LoRA."""
-        graphdef, base = abstract(self.config)
+        graphdef, base = self.base()
         lora = jax.eval_shape(lambda: init_lora(jax.random.key(0), Model(self.config, graphdef, base), rank=rank))
 
         def loss(lora, base, batch):
@@ -65,7 +74,7 @@ class Workload:
 
     def side_step(self, config: SideConfig | None = None, *, unroll: bool, cached: bool = False) -> Lowered:
         """A step of training a side network; ``cached``: on taps of an earlier epoch, without the base's layers."""
-        graphdef, base = abstract(self.config)
+        graphdef, base = self.base()
         side = jax.eval_shape(lambda: init_side(jax.random.key(0), self.config, config))
         ladders, embed = None, self.config.embed
         if cached:

@@ -70,6 +70,7 @@ class Plugin:
         usage: wanted share of tokens.
         base, tokenizer: fingerprints.
         model: name of the base, for people.
+        base_bits: how many the base's layers were kept in (:meth:`mlfs_jax.Model.quantise`).
         user: whose it is; None: nobody's in particular.
         calibration: threshold and loss over usage, see :func:`spa_jax.gate.calibration_curve`.
     """
@@ -81,6 +82,7 @@ class Plugin:
     threshold: float = 0.5
     usage: float | None = None
     model: str = "model"
+    base_bits: int = 32
     user: str | None = None
     calibration: list[dict[str, float]] = field(default_factory=list)
 
@@ -114,9 +116,10 @@ class Plugin:
         """
         self.side.check(config)
         if base is not None and base_fingerprint(config, base) != self.base:
+            bits = "" if self.base_bits == 32 else f", in {self.base_bits} bits"
             raise PluginError(
-                f"this plugin was made for another base ({self.model}): same shape, other weights. Beside this one it "
-                "would write nonsense; load the base it was made for, or fit a new plugin."
+                f"this plugin was made for another base ({self.model}{bits}): same shape, other weights. Beside this "
+                "one it would write nonsense; load the base it was made for, or fit a new plugin."
             )
         if tokenizer is not None and tokenizer_fingerprint(tokenizer) != self.tokenizer:
             raise PluginError(

@@ -164,7 +164,7 @@ class Session:
             raise Refused(
                 "model",
                 f"this plugin was made for the base {terms.model[:12]}, this server has {self.model.fingerprint[:12]}; "
-                "connect to a server with its base, or fit a plugin for this one.",
+                "connect to a server with its base (and its --base-bits), or fit a plugin for this one.",
             )
         taps = terms.taps
         if (np.diff(taps) <= 0).any() or taps[-1] >= self.model.layers:

@@ -132,7 +132,7 @@ def load_run(path: str | Path, *, model: Model | None = None) -> Fitted:
             f"{run.path} holds no run of {FIT} that this version reads ({e}): it is damaged, of another program, or of "
             f"version {run.version}."
         ) from e
-    model = model or config.load_model()
+    model = config.load_model(loaded=model)
     plugin = load_plugin(run.path).check(model.decoder, model.base, model.source)
     return Fitted(config, model, plugin)
 
@@ -163,7 +163,7 @@ def fit(
     if config.cache_taps == "disk" and several():
         raise ConfigError("cache_taps = 'disk': several processes would write one folder; give 'ram', or 'off'.")
     task = config.get_task()
-    model = model or config.load_model(mesh)
+    model = config.load_model(mesh, loaded=model)
     if mesh is not None and mesh_of(model.base) is None:
         model = model.replace(base=shard_base(mesh, model.base))
     mesh = mesh_of(model.base)
@@ -314,6 +314,7 @@ def _finish(
         tokenizer=tokenizer_fingerprint(model.source),
         threshold=ALWAYS,
         model=model.name,
+        base_bits=config.base_bits,
         user=config.user,
     )
     if setting.gated:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +77,12 @@ def alibi_slopes(heads: int) -> Float[np.ndarray, " N"]:
     return np.concatenate([series(power), series(2 * power)[::2][: heads - power]]).astype(np.float32)
 
 
+def _fits_cudnn(q: Array, k: Array) -> bool:
+    """Whether cuDNN has a kernel for such heads, on any GPU since Ampere and also for their gradients."""
+    T, S, H = q.shape[1], k.shape[1], q.shape[3]
+    return q.dtype in (jnp.bfloat16, jnp.float16) and H <= 128 and not (H % 8 or T % 2 or S % 2)
+
+
 def attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
@@ -91,10 +98,15 @@ def attention(
     ``softcap`` c squashes scores to c tanh(score / c) first (Gemma 2); scores and softmax are in fp32.
 
     What ``jax.nn.dot_product_attention`` cannot do is written out here, and so is all of it on a CPU: with heads in
-    front, and the G T queries that share a key as rows of one matrix, XLA's CPU backend is faster.
+    front, and the G T queries that share a key as rows of one matrix, XLA's CPU backend is faster. On a GPU,
+    ``MLFS_ATTENTION=cudnn`` in the environment of a process takes cuDNN's fused kernel where it can.
     """
     if softcap is None and q.shape[-1] == v.shape[-1] and jax.default_backend() != "cpu":
-        return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=visible[:, None], scale=scale)
+        fused = "cudnn" if os.environ.get("MLFS_ATTENTION") == "cudnn" and _fits_cudnn(q, k) else None
+        bias = bias if bias is None or fused is None else bias.astype(q.dtype)
+        return jax.nn.dot_product_attention(
+            q, k, v, bias=bias, mask=visible[:, None], scale=scale, implementation=fused
+        )
     B, T, N, H = q.shape
     S, K = k.shape[1:3]
     G = N // K

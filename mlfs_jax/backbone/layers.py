@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from mlfs_jax.backbone.quantised import Quantised
 from mlfs_jax.config import Config
 from mlfs_jax.errors import ConfigError
 
@@ -106,7 +107,11 @@ class Linear(nnx.Module):
         self.bias = weight(_zeros, [*stack.items(), *dims_out.items()], rngs) if bias else None
 
     def __call__(self, x: Float[Array, "... in"], lora: dict | None = None) -> Float[Array, "... out"]:
-        y = jnp.tensordot(x, self.kernel[...], axes=self.n_in)
+        kernel = self.kernel.get_value()
+        if isinstance(kernel, Quantised):
+            y = kernel.contract(x, self.n_in)
+        else:
+            y = jnp.tensordot(x, kernel, axes=self.n_in)
         if lora is not None:
             y += low_rank(x, lora["a"], lora["b"])
         return y if self.bias is None else y + self.bias[...]

@@ -1,11 +1,13 @@
 """On an accelerator: the same logits masked and sliced, and a step that trains. See CONTRIBUTING for the command."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 import mlfs_jax as mlfs
+from mlfs_jax.backbone.attention import attention
 from mlfs_jax.supernet import Supernet
 from tests.mlfs.tiny import tiny_batch, tiny_lora, tiny_model
 
@@ -33,3 +35,16 @@ def test_a_step_lowers_the_loss(execution):
         state, step_losses = supernet.step(state, model.base, batch, (minnet,), 0.0)
         losses.append(np.asarray(step_losses))
     assert (losses[-1] < losses[0]).all()
+
+
+def test_cudnn_attention_is_attention(monkeypatch):
+    """Values and gradients in bfloat16, with padding on either side and shared keys, beside float32."""
+    rng, B, T, N, K, H = np.random.default_rng(0), 3, 64, 4, 2, 32
+    q, k, v = (jnp.asarray(rng.normal(size=(B, T, heads, H)), jnp.bfloat16) for heads in (N, K, K))
+    real = (np.arange(T) >= 5) & (np.arange(T) < np.array([T, 40, 17])[:, None])
+    visible = jnp.asarray(np.tril(np.ones((T, T), bool)) & real[:, None])
+    total = lambda *qkv: (attention(*qkv, visible)[real].astype(jnp.float32) ** 2).sum()  # noqa: E731
+    exact = jax.grad(total, (0, 1, 2))(*(x.astype(jnp.float32) for x in (q, k, v)))
+    monkeypatch.setenv("MLFS_ATTENTION", "cudnn")
+    for found, wanted in zip(jax.grad(total, (0, 1, 2))(q, k, v), exact, strict=True):
+        np.testing.assert_allclose(found.astype(jnp.float32), wanted, atol=0.05 * np.abs(wanted).max())

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from mlfs_jax.backbone.quantised import Quantised
 from mlfs_jax.backbone.tree import flatten
 from mlfs_jax.data.batches import eval_batches
 from mlfs_jax.errors import ConfigError, RunError
@@ -15,7 +16,7 @@ from mlfs_jax.lora import init_lora
 from mlfs_jax.model import forward
 from mlfs_jax.vocab import Hidden, lm_loss
 from spa_jax.adapters import adapted, count_adapters, init_adapters
-from spa_jax.baselines import BaselineConfig, budget, fit_baseline, init_params, load_baseline, quantise, shared_model
+from spa_jax.baselines import BaselineConfig, budget, fit_baseline, init_params, load_baseline, shared_model
 from spa_jax.evaluate import evaluate_baseline
 from tests.mlfs.tiny import tiny_decoder, tiny_tokens
 
@@ -73,19 +74,16 @@ def test_shared_layers_are_one_set_of_weights(config):
     assert np.isfinite(forward(small.graphdef, small.base, tiny_tokens(model.config)).logits).all()
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_a_rounded_base(bits):
-    model = tiny_decoder()
-    rounded = flatten(quantise(model, bits, group=8).base)
-    for name, leaf in flatten(model.base).items():
-        off = np.abs(np.asarray(rounded[name][...]) - np.asarray(leaf[...])).max()
-        if name.startswith("layers.") and name.endswith("kernel"):
-            assert 0 < off <= np.abs(leaf[...]).max() / (2 ** (bits - 1) - 1) / 1.99
-        else:
-            assert off == 0
-    q = np.asarray(rounded["layers.q.kernel"][...])[0].reshape(3, 8, -1)  # 3 groups of 8 inputs
-    levels = q / np.abs(q).max(1, keepdims=True) * (2 ** (bits - 1) - 1)
-    np.testing.assert_allclose(levels, levels.round(), atol=1e-3)
+def test_a_quantised_base_is_trained_beside(config, tmp_path, tiny_lm):
+    """QLoRA: the pairs learn beside a 4-bit base; a parallel adapter stands in it, and it stays in 4 bits."""
+    config = dataclasses.replace(config, base_bits=4, steps=2)
+    for method, kept in (("lora", False), ("parallel-adapter", True)):
+        found = fit_baseline(dataclasses.replace(config, method=method), tmp_path / method, console=QUIET)
+        again = load_baseline(tmp_path / method)
+        for model in (found.model, again.model):
+            kernel = flatten(model.base)["layers.q.kernel"].get_value()
+            assert isinstance(kernel, Quantised) == kept
+        np.testing.assert_array_equal(flatten(again.model.base)["layers.q.kernel"][...], kernel[...])
 
 
 def test_baselines_learn_and_come_back(config, tmp_path, tiny_lm):

@@ -57,7 +57,7 @@ def in_one_process(kind: str, setting: str, threshold: float, limit: int = 10):
     return generate(MODEL, side_of(kind), PROMPTS, config, setting=setting, threshold=threshold)
 
 
-def over_the_network(devices, prompts=PROMPTS, limit=10, **proxy):
+def over_the_network(devices, prompts=PROMPTS, limit=10, served=cloud_model, **proxy):
     """(answers, what went through), all at once on six slots."""
 
     async def write(url, model, prompt):
@@ -65,7 +65,7 @@ def over_the_network(devices, prompts=PROMPTS, limit=10, **proxy):
             return await device.generate(prompt, limit, STOP)
 
     async def main():
-        async with Cloud(cloud_model(), CloudConfig(port=0)) as cloud, Proxy(cloud.url, capture=True, **proxy) as link:
+        async with Cloud(served(), CloudConfig(port=0)) as cloud, Proxy(cloud.url, capture=True, **proxy) as link:
             answers = await asyncio.gather(*(write(link.url, *each) for each in zip(devices, prompts, strict=True)))
             return answers, link.captured
 
@@ -123,6 +123,19 @@ def test_a_cut_link_and_other_users_change_nothing():
     answers, _ = over_the_network(devices, PROMPTS[:8], cut={30, 47, 80, 101})
     assert [answer.tokens for answer in answers] == [solo[i % 2][i] for i in range(8)]
     assert sum(answer.stats.connections for answer in answers) == 12
+
+
+def test_over_a_base_in_4_bits():
+    """The texts of one process with that base; a plugin that was made for the base in float is refused."""
+    model, side = MODEL.quantise(4), side_of("ladder")
+    small = DecoderCloud(model, slots=6, context=32, chunk=8)
+    assert small.memory["base"] < 0.5 * cloud_model().memory["base"]
+    config = GenerateConfig(max_new_tokens=10, stop_tokens=STOP)
+    device = SideDevice(side, base=base_fingerprint(model.config, model.base))
+    answers, _ = over_the_network([device] * 6, PROMPTS[:6], served=lambda: small)
+    assert [answer.tokens for answer in answers] == generate(model, side, PROMPTS[:6], config).tokens
+    with pytest.raises(NetworkError, match="--base-bits"):
+        over_the_network([SideDevice(side, base=BASE)], PROMPTS[:1], served=lambda: small)
 
 
 def test_a_plugin_in_int8():

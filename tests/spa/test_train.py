@@ -16,6 +16,7 @@ from rich.console import Console
 
 import mlfs_jax as mlfs
 import spa_jax as spa
+from mlfs_jax.backbone.quantised import Quantised
 from mlfs_jax.errors import ConfigError, DataError, RunError, UnknownNameError
 from mlfs_jax.hf.load import from_pretrained
 from mlfs_jax.run import Run
@@ -225,6 +226,22 @@ def test_a_base_in_bf16_leaves_an_importance_that_others_read(config, tiny_lm, t
     with np.load(file) as saved:
         assert {saved[name].dtype for name in saved} == {np.dtype("float32")}
     fit(config, tmp_path / "fine", console=QUIET)
+
+
+@pytest.mark.parametrize("start", ["sliced", "random"])
+def test_beside_a_quantised_base(config, start, tmp_path):
+    """As QST trains. The plugin is of these weights: it knows their bits, and refuses the base in float."""
+    fitted = fit(dataclasses.replace(config, base_bits=4, start=start), tmp_path / "4", console=QUIET)
+    assert isinstance(mlfs.flatten(fitted.model.base)["layers.q.kernel"].get_value(), Quantised)
+    assert load_run(tmp_path / "4").plugin.base_bits == 4
+    plain = from_pretrained(config.model)
+    with pytest.raises(PluginError, match=r"another base .*in 4 bits"):
+        fitted.plugin.check(plain.decoder, plain.base)
+    fitted.plugin.check(plain.decoder, plain.quantise(4).base)
+    with pytest.raises(ConfigError, match="base_bits = 4: a base on a mesh"):
+        fit(dataclasses.replace(config, base_bits=4), tmp_path / "mesh", mesh=mlfs.make_mesh("data=1"), console=QUIET)
+    with pytest.raises(ConfigError, match="base_bits = 3: expected 4, 8 or 32"):
+        dataclasses.replace(config, base_bits=3)
 
 
 def test_a_plugin_refuses_what_it_was_not_made_for(config, tiny_lm, tmp_path):

@@ -1,0 +1,138 @@
+"""Frozen kernels in 8 or 4 bits, with float adapters beside them (QLoRA, arXiv 2305.14314).
+
+A :class:`Quantised` stands in a base where a kernel's array stood. ``param[...]`` gives the weights, in float, so what
+only reads a base needs to know nothing of it; a forward pass makes one layer's weights at a time and forgets them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+from statistics import NormalDist
+from types import EllipsisType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from mlfs_jax.backbone.tree import STACKED, map_named
+from mlfs_jax.errors import ConfigError
+
+BITS = (4, 8, 32)
+GROUP = 64
+"""Inputs that share a scale, at most."""
+
+
+def _normal_float() -> Float[np.ndarray, " 16"]:
+    """The levels of NF4: quantiles of a normal distribution, 7 below and 8 above an exact 0, in [-1, 1] (QLoRA,
+    section 3; where the quantiles begin is from its released code)."""
+    above, below = (
+        [NormalDist().inv_cdf(p) for p in np.linspace(0.9677083, 0.5, count, endpoint=False)] for count in (8, 7)
+    )
+    return (np.sort([*above, 0.0, *(-x for x in below)]) / above[0]).astype(np.float32)
+
+
+NF4 = _normal_float()
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["codes", "scale"], meta_fields=["dims", "dtype"])
+@dataclass(frozen=True)
+class Quantised:
+    """A kernel [*stack, *in, *out] as whole numbers and a scale for every group of inputs.
+
+    Attributes:
+        codes: int8 [*stack, in, out], or of 4 bits uint8 [*stack, in / 2, out]: the second half of the inputs above
+            the first. Axes of inputs, and those of outputs, are one here.
+        scale: of each group, the largest weight.
+        dims: shape of the kernel without its stack.
+        dtype: of the weights that come out.
+    """
+
+    codes: Int[Array, "*stack rows out"]
+    scale: Float[Array, "*stack groups out"]
+    dims: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.codes.shape[:-2], *self.dims)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    def astype(self, dtype: DTypeLike) -> Quantised:
+        """The same, coming out in another type."""
+        return replace(self, dtype=np.dtype(dtype))
+
+    def __getitem__(self, index: EllipsisType) -> Float[Array, "*shape"]:
+        """The weights; ``[...]`` is the only index, as of an ``nnx.Param``."""
+        if index is not ...:
+            raise TypeError(f"a quantised kernel has no [{index!r}]: expected [...], then index the weights.")
+        if self.codes.dtype == jnp.uint8:
+            levels = jnp.asarray(NF4)[jnp.concatenate([self.codes & 15, self.codes >> 4], -2)]
+        else:
+            levels = self.codes.astype(jnp.float32) / 127
+        *stack, groups, out = self.scale.shape
+        grouped = levels.reshape(*stack, groups, -1, out) * self.scale[..., None, :]
+        return grouped.reshape(self.shape).astype(self.dtype)
+
+    def contract(self, x: Float[Array, "... in"], axes: int) -> Float[Array, "... out"]:
+        """``tensordot(x, weights, axes)``; for the gradient the weights are made again, not kept."""
+        return jax.checkpoint(lambda x, kernel: jnp.tensordot(x, kernel[...], axes=axes))(x, self)
+
+
+def quantise(base: nnx.State, bits: int) -> nnx.State:
+    """The base with the kernels of its layers in 8 bits, symmetrically, or in 4 (NF4), one scale for 64 inputs.
+
+    Embeddings, norms, biases and the head stay as they are, and so do kernels that are quantised already. Of QLoRA,
+    the scales are not quantised in turn. What merges adapters into the base makes it a float one again.
+
+    Raises:
+        ConfigError: another number of bits, or a base that lies on a mesh.
+    """
+    if bits not in BITS:
+        raise ConfigError(f"base_bits = {bits}: expected 4, 8 or 32 (as it is).")
+    if bits == 32:
+        return base
+
+    def quantised(name: str, leaf: nnx.Param) -> Array | Quantised:
+        value = leaf.get_value()
+        if not (name.startswith(f"{STACKED}.") and name.endswith(".kernel")) or isinstance(value, Quantised):
+            return value
+        if isinstance(getattr(value, "sharding", None), NamedSharding):
+            raise ConfigError(f"base_bits = {bits}: a base on a mesh is not quantised here; leave one of the two out.")
+        return _encode(value, leaf.inputs, bits)
+
+    return map_named(quantised, base)
+
+
+def dequantised(base: nnx.State) -> nnx.State:
+    """The base with all its kernels as float arrays."""
+    return map_named(lambda _, leaf: leaf[...], base)
+
+
+@partial(jax.jit, static_argnames=("inputs", "bits"))
+def _encode(kernel: Array, inputs: int, bits: int) -> Quantised:
+    dims = kernel.shape[1:]
+    rows = math.prod(dims[:inputs])
+    if bits == 4 and rows % 2:
+        bits = 8  # no two halves
+    size = next(size for size in range(min(GROUP, rows), 0, -1) if rows % size == 0)
+    grouped = kernel.astype(jnp.float32).reshape(kernel.shape[0], rows // size, size, -1)
+    scale = jnp.maximum(jnp.abs(grouped).max(2), 1e-12)
+    levels = (grouped / scale[:, :, None]).reshape(kernel.shape[0], rows, -1)
+    if bits == 8:
+        return Quantised(jnp.round(127 * levels).astype(jnp.int8), scale, dims, kernel.dtype)
+    nearest = jnp.searchsorted(jnp.asarray((NF4[1:] + NF4[:-1]) / 2), levels).astype(jnp.uint8)
+    low, high = jnp.split(nearest, 2, axis=1)
+    return Quantised(low | high << 4, scale, dims, kernel.dtype)
