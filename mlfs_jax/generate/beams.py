@@ -90,7 +90,9 @@ def beam_search(
 
         open_scores, parent, _, open = extend(jnp.where(stop, -jnp.inf, logprobs))
         state = reorder(state, (parent + offset).reshape(-1))
-        hope = open_scores[:, :1] / weight > jnp.where(is_ended, ended_scores.min(1, keepdims=True), NONE)
+        # not open_scores[:, :1], the same number: with two slices of one top_k XLA's CPU backend sorts the vocabulary
+        best_open = open_scores.max(1, keepdims=True)
+        hope = best_open / weight > jnp.where(is_ended, ended_scores.min(1, keepdims=True), NONE)
         return Beams(state, length, open, open_scores, ended, ended_scores, is_ended, beams.improvable & hope.any(1))
 
     none = jnp.full((B, K, room), -1, jnp.int32)

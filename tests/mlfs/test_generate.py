@@ -126,6 +126,19 @@ def test_the_distribution_sampled_from_is_transformers(oracle):
     assert warped._cache_size() == 1
 
 
+def test_a_beam_search_sorts_no_vocabulary(model):
+    """XLA's CPU backend has a kernel for top_k, and falls back to sorting all of it when its pattern is broken."""
+    cache = mlfs.init_cache(model.config, 2, 16, jnp.float32)
+    sizes = {"limit": jnp.int32(4), "stop": jnp.zeros(53, bool), "length_penalty": jnp.float32(1)}
+    lowered = network.decode_beams.lower(
+        model.graphdef, model.base, None, None, cache, jnp.ones(2, jnp.int32), beams=4, room=4, **sizes
+    )
+    jax.config.update("jax_disable_most_optimizations", False)
+    program = lowered.compile().as_text()
+    jax.config.update("jax_disable_most_optimizations", True)
+    assert program.count('custom_call_target="TopK"') == 3 and " sort(" not in program
+
+
 def test_beams_of_a_strong_penalty_write_a_text(model):
     """Divided by a tiny number, scores fall below any that stands for none."""
     found = generate(model, [[5, 6, 7]], GenerateConfig(64, beams=2, length_penalty=-8.0, stop_tokens=()))
