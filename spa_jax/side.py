@@ -190,20 +190,23 @@ class Ladder(nnx.Module):
         context, blocks = SideContext(self.blocks, frame, cache, seen), self.blocks
         block_def, stacked = nnx.split(self.layers)
         windows = np.asarray(blocks.windows, np.int32) if any(blocks.windows) else None
-        kv = None if cache is None else (cache.k, cache.v)
         mu = jax.nn.sigmoid(self.alpha[...] / TEMPERATURE)
 
-        def layer(h, scanned):
-            weights, mu, tap, window, kv = scanned
+        def layer(carry, scanned):
+            h, stacks = carry
+            weights, mu, tap, window, index = scanned
             h = mu * h + (1 - mu) * tap
-            return nnx.merge(block_def, weights)(h, context, window, kv, {}, None)
+            kv = None if stacks is None else (*stacks, index)
+            h, kv = nnx.merge(block_def, weights)(h, context, window, kv, {}, None)
+            return (h, kv if kv is None else kv[:2]), None
 
-        scanned = (stacked, mu, frame.taps[1:], windows, kv)
-        h, kv = jax.lax.scan(layer, frame.taps[0], scanned, unroll=blocks.layers if unroll else 1)
+        scanned = (stacked, mu, frame.taps[1:], windows, np.arange(blocks.layers))
+        start = frame.taps[0], None if cache is None else (cache.k, cache.v)
+        (h, stacks), _ = jax.lax.scan(layer, start, scanned, unroll=blocks.layers if unroll else 1)
         if cache is not None:
             T = frame.real.shape[1]
             used = jnp.where(frame.real, jnp.arange(1, T + 1), 0).max(1)  # padding behind the last token takes no slot
-            cache = SideCache(kv[0], kv[1], context.valid, context.key_positions, cache.length + used)
+            cache = SideCache(*stacks, context.valid, context.key_positions, cache.length + used)
         return self.norm(h), cache
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -102,7 +103,8 @@ def attention(
     ``MLFS_ATTENTION=cudnn`` in the environment of a process takes cuDNN's fused kernel where it can.
     """
     if softcap is None and q.shape[-1] == v.shape[-1] and jax.default_backend() != "cpu":
-        fused = "cudnn" if os.environ.get("MLFS_ATTENTION") == "cudnn" and _fits_cudnn(q, k) else None
+        asked = os.environ.get("MLFS_ATTENTION") == "cudnn"
+        fused: Literal["cudnn"] | None = "cudnn" if asked and _fits_cudnn(q, k) else None
         bias = bias if bias is None or fused is None else bias.astype(q.dtype)
         return jax.nn.dot_product_attention(
             q, k, v, bias=bias, mask=visible[:, None], scale=scale, implementation=fused

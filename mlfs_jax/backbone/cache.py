@@ -55,3 +55,13 @@ def write(slots: Array, new: Array, at: Int[Array, " B"]) -> Array:
     """
     one_row = lambda row, value, i: jax.lax.dynamic_update_slice_in_dim(row, value.astype(row.dtype), i, 0)  # noqa: E731
     return jax.vmap(one_row)(slots, new, at)
+
+
+def write_layer(
+    stack: Float[Array, "L B S ..."], layer: Int[Array, ""], new: Float[Array, "B T ..."], at: Int[Array, " B"]
+) -> Float[Array, "L B S ..."]:
+    """:func:`write` into one layer of a stack. It is a scatter, which a loop over layers that carries the stack does in
+    place; what does not fit is dropped."""
+    rows, columns = jnp.arange(new.shape[0])[:, None], at[:, None] + jnp.arange(new.shape[1])
+    new = new.astype(stack.dtype)
+    return stack.at[layer, rows, columns].set(new, indices_are_sorted=True, unique_indices=True, mode="drop")

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from mlfs_jax.backbone.attention import alibi_slopes, attention, rope_tables, rotate
-from mlfs_jax.backbone.cache import Cache, write
+from mlfs_jax.backbone.cache import Cache, write, write_layer
 from mlfs_jax.backbone.layers import ACTIVATIONS, Embed, Linear, Norm, check_context, real_tokens, weight
 from mlfs_jax.backbone.tree import Mask, Output, place_rows, under
 from mlfs_jax.config import DecoderConfig
@@ -56,7 +56,11 @@ class Context:
 
 
 class Attention(nnx.Module):
-    """Queries, keys and values from the residual stream, ordinary (MHA, GQA, MQA) or latent (MLA)."""
+    """Queries, keys and values from the residual stream, ordinary (MHA, GQA, MQA) or latent (MLA).
+
+    Its ``kv`` is a cache's keys, its values, and which layer's this one's are: the whole stacks go from layer to layer,
+    so that each writes its tokens in place.
+    """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -102,8 +106,10 @@ class Attention(nnx.Module):
         config = self.config
         q, k, v = (self._ordinary if config.latent is None else self._latent)(x, context.rope, window, lora, mask)
         if kv is not None:
-            kv = tuple(write(slots, new, context.at) for slots, new in zip(kv, (k, v), strict=True))
-            k, v = (slots.astype(q.dtype) for slots in kv)
+            *stacks, layer = kv
+            stacks = [write_layer(s, layer, new, context.at) for s, new in zip(stacks, (k, v), strict=True)]
+            k, v = (jax.lax.dynamic_index_in_dim(s, layer, keepdims=False).astype(q.dtype) for s in stacks)
+            kv = (*stacks, layer)
         out = attention(
             q,
             k,
@@ -288,15 +294,17 @@ class Decoder(nnx.Module):
 
         block_def, stacked = nnx.split(self.layers)
 
-        def layer(x, scanned):
-            weights, pairs, cut, window, kv = scanned
+        def layer(carry, scanned):
+            x, stacks = carry
+            weights, pairs, cut, window, index = scanned
+            kv = None if stacks is None else (*stacks, index)
             run = lambda x, kv: nnx.merge(block_def, weights)(x, context, window, kv, pairs, cut)  # noqa: E731
             if cut is None:
                 x, kv = run(x, kv)
             else:
                 x, kv = jax.lax.cond(cut.layers, run, lambda x, kv: (x, kv), x, kv)
             x = place_rows(x, rows)
-            return x, (x if taps else None, kv)
+            return (x, kv if kv is None else kv[:2]), (x if taps else None)
 
         if remat:
             layer = jax.checkpoint(layer, prevent_cse=False)
@@ -306,11 +314,14 @@ class Decoder(nnx.Module):
             under(lora, "layers"),
             mask and mask.per_layer(config.layers),
             windows,
-            None if cache is None else (cache.k, cache.v),
+            np.arange(config.layers),
         )
-        x, (tapped, kv) = jax.lax.scan(layer, x, scanned, unroll=config.layers if unroll and not remat else 1)
+        stacks = None if cache is None else (cache.k, cache.v)
+        (x, stacks), tapped = jax.lax.scan(
+            layer, (x, stacks), scanned, unroll=config.layers if unroll and not remat else 1
+        )
         if cache is not None:
-            cache = Cache(kv[0], kv[1], context.valid, cache.length + tokens.shape[1])
+            cache = Cache(*stacks, context.valid, cache.length + tokens.shape[1])
         x = x if self.norm is None else self.norm(x, keep)
         return Output(
             logits=self.head(x, under(lora, "head"), self.embed.tokens) if logits and self.head is not None else None,

@@ -126,17 +126,35 @@ def test_the_distribution_sampled_from_is_transformers(oracle):
     assert warped._cache_size() == 1
 
 
-def test_a_beam_search_sorts_no_vocabulary(model):
+@pytest.fixture
+def optimised():
+    """Programs as users have them."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+def test_a_beam_search_sorts_no_vocabulary(model, optimised):
     """XLA's CPU backend has a kernel for top_k, and falls back to sorting all of it when its pattern is broken."""
     cache = mlfs.init_cache(model.config, 2, 16, jnp.float32)
     sizes = {"limit": jnp.int32(4), "stop": jnp.zeros(53, bool), "length_penalty": jnp.float32(1)}
     lowered = network.decode_beams.lower(
         model.graphdef, model.base, None, None, cache, jnp.ones(2, jnp.int32), beams=4, room=4, **sizes
     )
-    jax.config.update("jax_disable_most_optimizations", False)
     program = lowered.compile().as_text()
-    jax.config.update("jax_disable_most_optimizations", True)
     assert program.count('custom_call_target="TopK"') == 3 and " sort(" not in program
+
+
+def test_a_token_is_written_into_the_cache_in_place(model, optimised):
+    """No second cache: with its slots a step's own memory grows by at most two layers' keys and values."""
+    sizes, spare = {"limit": jnp.int32(4), "stop": jnp.zeros(53, bool), "sampling": None, "key": jax.random.key(0)}, []
+    for slots in (256, 512):
+        cache = mlfs.init_cache(model.config, 2, slots, jnp.float32)
+        arguments = model.graphdef, model.base, None, None, cache, jnp.ones(2, jnp.int32)
+        compiled = network.decode_rows.lower(*arguments, room=4, **sizes).compile()
+        spare.append(compiled.memory_analysis().temp_size_in_bytes)
+    layer = (cache.k.nbytes + cache.v.nbytes) / 2 / model.config.layers  # of the 256 slots more
+    assert spare[1] - spare[0] <= 2 * layer
 
 
 def test_beams_of_a_strong_penalty_write_a_text(model):
