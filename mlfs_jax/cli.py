@@ -175,7 +175,7 @@ def palette(
     Args:
         run: folder of the run.
         all: every uniform subnet of the space, not only the named ones.
-        subnets: only these: names, or sizes such as heads=6,mlp=736,depth=3.
+        subnets: only these: names, or sizes such as heads=6,mlp=736,depth=3; the files then hold no others.
         split: of the task; the default is test where there is one, else validation.
         length: tokens of a sequence, for FLOPs and latency; the default is what the run cuts texts to.
         batch_sizes: to measure latency at.
@@ -224,14 +224,17 @@ def export(
         raise ConfigError(f"--peft --subnet {subnet}: an adapter belongs to the whole model; leave --subnet out.")
     if not peft and subnet is None:
         raise ConfigError("--subnet is missing: give a name such as quarter, or sizes (`mlfs info RUN` lists them).")
-    if gguf_type != "f16" and to.suffix != ".gguf":
+    gguf = to.suffix.lower() == ".gguf"
+    if peft and gguf:
+        raise ConfigError(f"--peft --to {to}: an adapter is a folder; leave --peft out for a .gguf file.")
+    if gguf_type != "f16" and not gguf:
         raise ConfigError(f"--gguf-type {gguf_type}: {to} is no file that ends in .gguf; name one, or leave it out.")
     fitted = load_run(run, finished=True)
     if peft:
         written = export_adapter(fitted, to)
         print(f"{to}: adapter of rank {written.rank}, {written.params:,} parameters")
         return
-    if to.suffix == ".gguf":
+    if gguf:
         file = export_subnet_gguf(fitted, subnet, to, gguf_type)
         print(f"{to}: {subnet}, {file.parameters:,} parameters, {file.nbytes / 1e6:.1f} MB")
         for sentence in file.why:

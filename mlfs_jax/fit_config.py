@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -108,8 +109,10 @@ class FitConfig:
                 f"keep_layers = {self.keep_layers!r} with reorder = {self.reorder}: expected 'even', or together with "
                 "reorder, which measures them, 'importance' or 'influence'."
             )
-        if self.batch_size < 1 or self.seed < 0:
-            raise ConfigError(f"batch_size = {self.batch_size}, seed = {self.seed}: expected >= 1 and >= 0.")
+        if self.batch_size < 1 or not 0 <= self.seed < 2**63:
+            raise ConfigError(f"batch_size = {self.batch_size}, seed = {self.seed}: expected >= 1, and 0 to 2^63 - 1.")
+        if not 0 <= self.gamma < math.inf:
+            raise ConfigError(f"gamma = {self.gamma}: expected a finite number of at least 0.")
         _ = self.stages  # their errors, now
 
     @property

@@ -34,14 +34,19 @@ def parse_bytes(text: str) -> int:
     return round(float(found[1]) * UNITS[found[2].lower()])
 
 
+MOST_DEVICES = 4096
+
+
 def use_virtual_devices(least: int) -> None:
     """Let jax have virtual CPU devices and no accelerator, before anything else in the process uses it.
 
     There will be twice as many as asked for: a knob may double them.
 
     Raises:
-        ConfigError: jax has started already, with fewer than ``least``.
+        ConfigError: too many of them, or jax has started already, with fewer than ``least``.
     """
+    if least > MOST_DEVICES:
+        raise ConfigError(f"a mesh of {least:,} devices: at most {MOST_DEVICES:,} can be planned for.")
     try:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", 2 * least)

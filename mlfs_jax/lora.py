@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from mlfs_jax.backbone.tree import STACKED, flatten, map_named
 from mlfs_jax.errors import ConfigError, RunError, unknown
 from mlfs_jax.hosts import by_writer, to_host
-from mlfs_jax.model import Model
+from mlfs_jax.model import Model, as_key
 from mlfs_jax.run import write_atomic
 
 Lora = dict[str, dict[str, Array]]
@@ -44,11 +44,12 @@ def _split_axes(kernel: nnx.Param) -> tuple[int, int]:
 
 
 def init_lora(
-    key: Array, model: Model, *, rank: int = 8, sites: Sequence[str] | None = None, full: Sequence[str] = ()
+    key: int | Array, model: Model, *, rank: int = 8, sites: Sequence[str] | None = None, full: Sequence[str] = ()
 ) -> Lora:
     """A fresh adapter: A ~ N(0, 1/in), B = 0, so that it changes nothing yet.
 
     Args:
+        key: or a seed.
         rank: R; the paper uses 8.
         sites: names as in :func:`lora_sites` (the default: all of them).
         full: prefixes of weights to train whole, by a zero delta; ``("head",)`` for a new head.
@@ -57,6 +58,7 @@ def init_lora(
         UnknownNameError: a site or prefix that the model does not have.
         ConfigError: a rank below 1, or a language model's head, which stays as it is: the losses read it in the base.
     """
+    key = as_key(key)
     if rank < 1:
         raise ConfigError(f"rank = {rank}: expected a whole number of at least 1.")
     headed = [name for name in (*(sites or ()), *full) if name.split(".")[0] == "head"]

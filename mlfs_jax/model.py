@@ -72,7 +72,11 @@ def _network(config: Config, rngs: nnx.Rngs) -> Encoder | Decoder:
 
 def as_key(key: int | Array) -> Array:
     """A key of random numbers from itself, or from its seed."""
-    return jax.random.key(int(key)) if isinstance(key, int | np.integer) else key
+    if not isinstance(key, int | np.integer):
+        return key
+    if not -(2**63) <= key < 2**63:
+        raise ConfigError(f"seed = {key}: expected a whole number of at most 64 bits.")
+    return jax.random.key(int(key))
 
 
 @lru_cache(maxsize=256)

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from mlfs_jax.hosts import reached_stop, several
+from mlfs_jax.interrupts import interrupted
 
 
 class Preemption:
@@ -50,6 +51,8 @@ def preemption() -> Iterator[Preemption]:
     Outside the main thread Python handles no signals: the flag then stays false. Of several processes, the one that
     is asked tells the others: jax listens for SIGTERM and finds the step that none of them has passed.
     """
+    if interrupted():  # before, and the exception was lost on the way
+        raise KeyboardInterrupt
     stop = Preemption()
     if threading.current_thread() is not threading.main_thread():
         yield stop

@@ -95,6 +95,8 @@ def resolve_model(name_or_path: str | Path, *, files: tuple[str, ...] = HF_FILES
         if not path.is_file():
             raise DataError(f"there is no file {path}; expected a GGUF file.")
         return path
+    if path.exists():
+        raise DataError(f"{path} is no model: expected a folder with config.json, or a .gguf file.")
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
         return _from_hub(name, files)
     raise unknown("model (nor is it a folder, nor a hub id 'org/name')", name, models)

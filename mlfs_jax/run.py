@@ -19,6 +19,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mlfs_jax.errors import RunError
 from mlfs_jax.hosts import by_writer, same_everywhere
 
@@ -308,6 +310,11 @@ def _check_same(path: Path, old: dict, new: dict) -> None:
         for key in sorted(old.keys() | new.keys())
         if shown(old, key) != shown(new, key)
     ]
+    if [line.split(":")[0].strip() for line in different] == ["data"]:
+        raise RunError(
+            f"{path} holds a run on other examples: the task's data, or the tokenizer's files, have changed since. "
+            "Bring them back, give --out another folder, or delete this one to start over."
+        )
     if different:
         raise RunError(
             f"{path} holds a run with another configuration:\n" + "\n".join(different) + "\n"
@@ -323,6 +330,15 @@ def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
     for key, inner in value.items():
         found |= _leaves(inner, f"{prefix}.{key}" if prefix else key)
     return found
+
+
+def check_finite(step: int, losses: Any) -> None:
+    """Raise RunError where training has left the numbers: nothing after it would be one."""
+    if not np.isfinite(losses).all():
+        raise RunError(
+            f"the loss is {np.asarray(losses).tolist()} at step {step}: training has diverged. Look for outliers in "
+            "the data, and fit with a lower learning rate into another folder."
+        )
 
 
 def write_json(path: Path, value: Any) -> None:

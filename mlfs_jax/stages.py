@@ -44,11 +44,11 @@ class Stage:
         if self.sample not in SAMPLES:
             raise ConfigError(f"stage {self.name}: sample = {self.sample!r}: expected one of {', '.join(SAMPLES)}.")
         rate = 0 < self.learning_rate < math.inf
-        if self.steps < 1 or self.rank < 1 or self.random_subnets < 0 or not rate:
+        if self.steps < 1 or self.rank < 1 or not 0 <= self.random_subnets <= 1000 or not rate:
             raise ConfigError(
                 f"stage {self.name}: steps = {self.steps}, rank = {self.rank}, random_subnets = "
                 f"{self.random_subnets}, learning_rate = {self.learning_rate}: expected steps and rank of at least 1, "
-                "random_subnets of at least 0, a positive, finite learning_rate."
+                "random_subnets from 0 to 1000, a positive, finite learning_rate."
             )
 
     def seeds(self, keys: Array) -> Int[np.ndarray, "S tries 2"]:

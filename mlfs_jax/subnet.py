@@ -335,9 +335,12 @@ class SubnetSpace:
             UnknownNameError: no such name. SubnetError: sizes that the space does not contain.
         """
         if "=" in name:
-            sizes = dict(self._tops)
+            sizes, given = dict(self._tops), set()
             for part in name.split(","):
                 axis, _, value = part.strip().partition("=")
+                if axis in given:
+                    raise SubnetError(f"{name!r}: {axis} is there twice.")
+                given.add(axis)
                 if axis not in sizes:
                     raise unknown("axis", axis, sizes)
                 if not (value.isascii() and value.isdigit()):

@@ -6,6 +6,7 @@ the base is an argument that nothing differentiates, so no gradient of it is eve
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
@@ -69,7 +70,8 @@ def gradient_weights(trainable: list[int], gamma: float) -> list[float]:
 
     ``trainable`` holds n_j, the adapter parameters active in each subnet, the maxnet's first. gamma = 0 is a plain sum.
     """
-    raw = [(trainable[0] / n) ** gamma for n in trainable]
+    logs = [gamma * math.log(trainable[0] / n) for n in trainable]
+    raw = [math.exp(x - max(logs)) for x in logs]  # no power of it is too large
     return [w * len(raw) / sum(raw) for w in raw]
 
 

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 from mlfs_jax.allocator import keep_freed_memory
 from mlfs_jax.errors import MLFSError, unknown
+from mlfs_jax.interrupts import interrupted, remember_interrupts
 from mlfs_jax.registry import cache_dir
 
 SHELLS = ("bash", "zsh", "tcsh")
@@ -53,6 +55,8 @@ def run_command(
             return _print_completion(prog, functions(), argv[1] if len(argv) > 1 else SHELLS[0])
         if argv[0] not in commands:
             raise unknown("command", argv[0], commands)
+        if alone:
+            remember_interrupts()
         if alone and argv[0] in trains:
             keep_freed_memory()
         code = run(argv[0], argv[1:])
@@ -67,7 +71,9 @@ def run_command(
     except OSError as e:  # a full disk, a folder that may not be written
         print(f"error: {e.strerror or e}" + (f": {e.filename}" if e.filename else ""), file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except BaseException as e:
+        if not isinstance(e, KeyboardInterrupt) and not (alone and interrupted()):  # an import that Ctrl-C broke off
+            raise
         print("interrupted", file=sys.stderr)
         return 130
 
@@ -125,7 +131,16 @@ def set_up_jax() -> None:
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    """A value as JSON; a number that is none, or infinite, is null there."""
+    print(json.dumps(_finite(value), indent=2, ensure_ascii=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_table(table: Any) -> None:

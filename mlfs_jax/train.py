@@ -36,7 +36,7 @@ from mlfs_jax.importance import Order, block_influence, importance_order, measur
 from mlfs_jax.lora import Lora, init_lora, load_lora, merge_lora, misfit, save_lora, stack_stages
 from mlfs_jax.model import Model, cast_base, forward
 from mlfs_jax.preemption import Preemption, preemption
-from mlfs_jax.run import Run
+from mlfs_jax.run import Run, check_finite
 from mlfs_jax.sharding import check_rows, feed, mesh_of_job, put, shard_base, shard_lora
 from mlfs_jax.slicing import slice_subnet
 from mlfs_jax.stages import Stage
@@ -295,6 +295,7 @@ def _train_stage(
 
         def flush() -> None:
             for step, losses in pending:
+                check_finite(step, losses)
                 run.log(step=step, stage=stage.name, losses=np.asarray(losses).tolist())
             pending.clear()
 

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mlfs_jax.checkpoint import Checkpoints
 from mlfs_jax.hosts import same_everywhere, to_host
 from mlfs_jax.preemption import Preemption
-from mlfs_jax.run import Run
+from mlfs_jax.run import Run, check_finite
 from mlfs_jax.sharding import put
 from mlfs_jax.supernet import TrainState
 
@@ -69,6 +69,7 @@ def train_loop(
             bars.update(bar, completed=i + 1)
             if save or (i + 1) % LOG_EVERY == 0:
                 for number, value in pending:  # not at every step: reading a loss waits for the device
+                    check_finite(number, value)
                     run.log(step=number, loss=float(np.asarray(value)))
                 bars.update(bar, shown=f"loss {float(np.asarray(loss)):.3f}")
                 pending.clear()

@@ -12,6 +12,8 @@ BUCKETS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 
 def buckets_up_to(max_length: int, buckets: Sequence[int] = BUCKETS) -> tuple[int, ...]:
     """The widths a batch may have: the `buckets` below `max_length`, and `max_length` itself."""
+    if any(b < 1 for b in buckets):
+        raise ConfigError(f"buckets = {tuple(buckets)}: expected numbers of tokens, of at least 1.")
     return (*sorted(b for b in set(buckets) if b < max_length), max_length)
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mlfs_jax.data.examples import Examples, split_by_hash
-from mlfs_jax.errors import ConfigError, DataError
+from mlfs_jax.errors import ConfigError, DataError, first_line
 
 
 class Row(NamedTuple):
@@ -35,8 +35,8 @@ def read_splits(
     tables = {split: (file, read_rows(file)) for split, file in split_files(path, READERS).items()}
     file, rows = tables["train"]
     problem = problem or ("regression" if any(isinstance(r.label, float) for r in rows) else "classification")
-    names = _label_names(file, rows, labels) if problem == "classification" else ()
-    splits = {split: _examples(*table, problem, names) for split, table in tables.items()}
+    names, indexed = _label_names(file, rows, labels) if problem == "classification" else ((), False)
+    splits = {split: _examples(*table, problem, names, indexed) for split, table in tables.items()}
     paired = {split: part.pairs is not None for split, part in splits.items()}
     if len({*paired.values()}) > 1:
         having, lacking = ([split for split, pair in paired.items() if pair is which] for which in (True, False))
@@ -64,8 +64,8 @@ def split_files(path: Path, suffixes: Iterable[str]) -> dict[str, Path]:
             found[split] = files[0]
     if "train" not in found or "validation" not in found:
         raise DataError(
-            f"{path} has no train or no validation file; expected train.jsonl (or {', '.join(set(suffixes))}) and "
-            "validation.jsonl, or give one file, which is then split by a hash of the text."
+            f"{path} has no train or no validation file; expected train and validation "
+            f"({' or '.join(dict.fromkeys(suffixes))}), or give one file, which is then split by a hash of the text."
         )
     return found
 
@@ -128,6 +128,8 @@ def json_records(file: Path, content: str, fields: str) -> Iterator[tuple[int, d
             record = json.loads(text)
         except json.JSONDecodeError as e:
             raise DataError(f"{file}, line {line}: not JSON: {e.msg} at column {e.colno}.") from e
+        except (ValueError, RecursionError) as e:  # a number of thousands of digits, thousands of brackets
+            raise DataError(f"{file}, line {line}: JSON that cannot be read: {first_line(e)}.") from e
         if not isinstance(record, dict):
             raise DataError(f"{file}, line {line}: expected an object with {fields}, got {text.strip()[:40]!r}.")
         try:  # JSON may name half a character, which no tokenizer takes
@@ -151,6 +153,8 @@ def _read_csv(file: Path, content: str) -> list[Row]:
         missing = {"text", "label"} - set(header)
         if missing:
             raise DataError(f"{file}, line 1: no column {' and '.join(sorted(missing))}; the header has {header}.")
+        if twice := [name for name in ("text", "text_pair", "label") if header.count(name) > 1]:
+            raise DataError(f"{file}, line 1: the column {twice[0]!r} is there {header.count(twice[0])} times.")
         for record in reader:
             if None in record or None in record.values():
                 raise DataError(
@@ -172,10 +176,11 @@ def _read_csv(file: Path, content: str) -> list[Row]:
 
 
 NUMBERS = {
-    int: re.compile(r" *(0|-?[1-9][0-9]*) *"),
+    int: re.compile(r" *(0|-?[1-9][0-9]{0,17}) *"),
     float: re.compile(r" *-?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)? *|nan|-?inf", re.IGNORECASE),
 }
-"""How a label is written that is a number: not 0042 nor +1, which are names. What is not finite is refused later."""
+"""How a label is written that is a number: not 0042 nor +1 nor one of twenty digits, which are names. What is not
+finite is refused later."""
 
 READERS = {".jsonl": _read_jsonl, ".csv": _read_csv}
 
@@ -201,33 +206,35 @@ def _row(file: Path, line: int, record: dict) -> Row:
     return Row(line, text, pair, label)
 
 
-def _label_names(file: Path, rows: list[Row], labels: Sequence[str] | None) -> tuple[str, ...]:
+def _label_names(file: Path, rows: list[Row], labels: Sequence[str] | None) -> tuple[tuple[str, ...], bool]:
+    """The classes, and whether the files name them by their indices."""
     if labels is None:
-        return tuple(str(v) for v in sorted({r.label for r in rows}))
+        return tuple(str(v) for v in sorted({r.label for r in rows})), False
     if len(set(labels)) != len(labels) or len(labels) < 2:
         raise ConfigError(f"labels are {tuple(labels)}; expected two or more different names.")
     names = tuple(str(v) for v in labels)
     if isinstance(rows[0].label, str) or set(names) >= {str(r.label) for r in rows}:
-        return names
+        return names, False
     for r in rows:  # whole numbers that are not names are indices
         if not isinstance(r.label, int) or not 0 <= r.label < len(names):
             raise DataError(f"{file}, line {r.line}: label {r.label!r} is outside 0..{len(names) - 1}.")
-    return names
+    return names, True
 
 
-def _examples(file: Path, rows: list[Row], problem: str, names: tuple[str, ...]) -> Examples:
+def _examples(file: Path, rows: list[Row], problem: str, names: tuple[str, ...], indexed: bool) -> Examples:
     pairs = None if rows[0].pair is None else [r.pair for r in rows]
     texts = [r.text for r in rows]
     if problem == "regression":
         for r in rows:
             if isinstance(r.label, str):
                 raise DataError(f"{file}, line {r.line}: label {r.label!r} is not a number, as regression needs.")
+            if abs(r.label) > float(np.finfo(np.float32).max):
+                raise DataError(f"{file}, line {r.line}: label {str(r.label)[:40]} is beyond what a float32 holds.")
         return Examples(texts, np.array([r.label for r in rows], np.float32), pairs)
     index = {name: i for i, name in enumerate(names)}
-    by_index = not isinstance(rows[0].label, str) and not set(index) >= {str(r.label) for r in rows}
     classes = []
     for r in rows:
-        i = r.label if by_index and isinstance(r.label, int) else index.get(str(r.label), -1)
+        i = r.label if indexed and isinstance(r.label, int) else index.get(str(r.label), -1)
         if not 0 <= i < len(names):
             raise DataError(
                 f"{file}, line {r.line}: label {r.label!r} is outside the known labels ({', '.join(names[:20])})."

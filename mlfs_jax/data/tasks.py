@@ -143,7 +143,7 @@ def get_task(
         )
     elif name in LANGUAGE or name in PROMPTED_SETS:
         task = _language_task(name, data_dir)
-    elif path.is_file() or path.is_dir() or path.suffix in (*files.READERS, *text_files.SUFFIXES["lm"]):
+    elif path.is_file() or path.is_dir() or path.suffix.lower() in (*files.READERS, *text_files.SUFFIXES["lm"]):
         task = _file_task(path, problem, labels)
     else:
         raise unknown("task (nor is it a .jsonl, .csv or .txt file)", name, task_names())

@@ -24,6 +24,10 @@ class Sampling:
     top_p: Float[Array, ""]
 
 
+SMALLEST = 1e-30
+"""What float32 still tells from 0, and can divide by."""
+
+
 @dataclass(frozen=True)
 class GenerateConfig:
     """How to continue a text. The default is greedy: always the most likely token.
@@ -52,12 +56,12 @@ class GenerateConfig:
     def __post_init__(self):
         for name, least in (("max_new_tokens", 1), ("beams", 1), ("top_k", 0)):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ConfigError(f"{name} = {value!r}: expected a whole number of at least {least}.")
-        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
-            raise ConfigError(f"temperature = {self.temperature}: expected 0 (no sampling) or more.")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p = {self.top_p}: expected a probability above 0, up to 1 (all tokens).")
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
+                raise ConfigError(f"{name} = {value!r}: expected a whole number of at least {least}, below 2^31.")
+        if not (self.temperature == 0 or SMALLEST <= self.temperature < math.inf):
+            raise ConfigError(f"temperature = {self.temperature}: expected 0 (no sampling), or {SMALLEST} or more.")
+        if not SMALLEST <= self.top_p <= 1:
+            raise ConfigError(f"top_p = {self.top_p}: expected a probability from {SMALLEST} up to 1 (all tokens).")
         if not abs(self.length_penalty) <= 8:  # length^penalty and what is divided by it are float32
             raise ConfigError(f"length_penalty = {self.length_penalty}: expected a number from -8 to 8.")
         if self.beams > 1 and self.temperature:

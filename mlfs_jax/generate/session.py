@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -145,11 +146,13 @@ def left_pad(rows: list[list[int]], width: int, pad: int) -> tuple[Int[np.ndarra
 def as_rows(prompts: Prompts) -> list[list[int]]:
     """Prompts as lists of ids; padding, wherever it is, is left out."""
     if isinstance(prompts, Mapping):
-        ids = np.asarray(prompts["input_ids"])
-        real = np.asarray(prompts.get("attention_mask", np.ones_like(ids)), bool)
+        ids, mask = np.asarray(prompts["input_ids"]), prompts.get("attention_mask")
+        real = np.ones(ids.shape, bool) if mask is None else np.asarray(mask, bool)
+        if ids.ndim != 2 or real.shape != ids.shape:
+            raise DataError(f"input_ids {ids.shape}, attention_mask {real.shape}: expected the same two axes, [B, T].")
         prompts = [row[keep] for row, keep in zip(ids, real, strict=True)]
     try:
-        return [[int(token) for token in prompt] for prompt in prompts]
+        return [[operator.index(token) for token in prompt] for prompt in prompts]
     except (TypeError, ValueError) as error:
         raise DataError(
             f"prompts of type {type(prompts).__name__}: expected a list of token ids for each of them ({error}); "
@@ -195,6 +198,8 @@ def generate(
     network, rows = Network(model, lora, subnet), as_rows(prompts)
     session = Session() if session is None else session
     stop = network.stop(config.stop_tokens)
+    if config.beams * len(stop) >= 2**31:
+        raise ConfigError(f"beams = {config.beams}: that many times the vocabulary of {len(stop)} cannot be ranked.")
     first = session.feed(network, rows, config.max_new_tokens)
     common = {"room": bucket(config.max_new_tokens), "limit": np.int32(config.max_new_tokens), "stop": stop}
     if config.beams > 1:
@@ -245,6 +250,8 @@ def _stream(network: Network, session: Session, first, config: GenerateConfig, s
     rows, sampling = Rows.begin(session.cache, jnp.asarray(first)), config.sampling
     on_device = jnp.asarray(stop)
     for _ in range(config.max_new_tokens):
+        if session.cache is not rows.state:
+            raise SessionError("this text's session went on elsewhere: read a stream to where you want it, first.")
         rows, token = decode_token(*network.weights, rows, stop=on_device, sampling=sampling, key=key)
         token = int(token[0])
         session.cache, session.unread = rows.state, [[token]]

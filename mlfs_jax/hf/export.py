@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from mlfs_jax.backbone.tree import flatten
 from mlfs_jax.config import Config
-from mlfs_jax.errors import CheckpointError, RunError, some
+from mlfs_jax.errors import CheckpointError, RunError, first_line, some
 from mlfs_jax.hf.card import model_card
 from mlfs_jax.hf.configs import to_hf
 from mlfs_jax.hf.families import FAMILIES
@@ -133,6 +134,8 @@ def export_hf(
         (fresh / "README.md").write_text(model_card(model, config, report, card), encoding="utf-8")
         (fresh / REPORT).write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
         _replace(fresh, directory)
+    except (OSError, SafetensorError) as e:
+        raise RunError(f"{directory} could not be written: {first_line(e)}.") from e
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return report

@@ -112,6 +112,8 @@ def export_gguf(
         _write(fresh, arch, metadata, plan, _contents(model, arch))
         os.chmod(fresh, 0o644)  # mkstemp's own is for this user only
         os.replace(fresh, path)
+    except OSError as e:
+        raise RunError(f"{path} could not be written: {e}; is the disk full?") from e
     finally:
         if os.path.exists(fresh):
             os.unlink(fresh)

@@ -66,6 +66,8 @@ def export_peft(
         RunError: the folder holds something else than an adapter, or it cannot be written.
     """
     directory = Path(directory).expanduser()
+    if directory.exists() and not directory.is_dir():
+        raise RunError(f"{directory} is a file: choose a folder for the adapter.")
     if directory.exists() and any(directory.iterdir()) and not _is_ours(directory / WEIGHTS):
         raise RunError(
             f"{directory} holds something that is not an adapter of mlfs_jax: choose another folder, or empty this one."

@@ -1,5 +1,6 @@
 """The command line: the whole way of a user, and what it says to a mistake."""
 
+import contextlib
 import json
 import os
 import signal
@@ -9,11 +10,13 @@ import time
 
 import pytest
 
-from mlfs_jax import cli
+from mlfs_jax import cli, interrupts
 from mlfs_jax.cli import COMMANDS, HELP, PRESETS, main
 from mlfs_jax.fit_config import FitConfig
 from mlfs_jax.palette import FILE as PALETTE
+from mlfs_jax.preemption import preemption
 from mlfs_jax.registry import ENTRIES
+from mlfs_jax.terminal import print_json
 
 
 def error_of(capsys, *argv) -> str:
@@ -111,6 +114,11 @@ def test_mistakes(tiny_run, tiny_hf, mood_task, fit_flags, tmp_path, capsys):
     sizes = ("export", tiny_run, "--subnet", "depth=2,mlp=15", "--to", tmp_path / "a")
     assert "choose from" in error_of(capsys, *sizes)
     assert "--subnet is missing" in error_of(capsys, "export", tiny_run, "--to", tmp_path / "a")
+    assert "is a folder; leave --peft out" in error_of(
+        capsys, "export", tiny_run, "--peft", "--to", tmp_path / "a.gguf"
+    )
+    assert "heads is there twice" in error_of(capsys, *sizes[:3], "heads=2,heads=4", *sizes[4:])
+    assert "is no model: expected a folder" in error_of(capsys, "info", tiny_hf / "config.json")
     typed = ("--subnet", "maxnet", "--gguf-type", "q8_0")
     assert "no file that ends in .gguf" in error_of(capsys, "export", tiny_run, "--to", tmp_path / "a", *typed)
     assert not (tmp_path / "a").exists()
@@ -191,6 +199,27 @@ def test_interrupt(monkeypatch, capsys):
     monkeypatch.setattr(cli, "_run", stopped)
     assert main(["info", "wiki"]) == 130
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_an_interrupt_that_was_lost_ends_the_command_later(monkeypatch, tmp_path):
+    """Python drops an exception in a callback of the garbage collector, where Ctrl-C may find it."""
+    monkeypatch.setattr(interrupts, "_asked", False)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        interrupts.remember_interrupts()
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        assert interrupts.interrupted()
+        with pytest.raises(KeyboardInterrupt), preemption():
+            raise AssertionError("it goes on")
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_json_has_no_nan(capsys):
+    print_json({"score": [float("nan"), (1.5, float("-inf"))], "n": 3})
+    assert json.loads(capsys.readouterr().out) == {"score": [None, [1.5, None]], "n": 3}
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])

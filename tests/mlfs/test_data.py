@@ -158,6 +158,15 @@ def test_a_folder_with_its_own_splits(tmp_path):
         get_task(tmp_path)
 
 
+def test_whole_numbers_are_names_where_nobody_says_otherwise(tmp_path):
+    """Not indices of another split's: 0 is no class of a training split that has 1, 2 and 3."""
+    for split, shift in (("train", 1), ("validation", 0)):
+        write(tmp_path / f"{split}.jsonl", jsonl(rows_of(9, label=lambda i, shift=shift: i % 3 + shift)))
+    with pytest.raises(DataError, match=r"validation\.jsonl, line 1: label 0 is outside the known labels \(1, 2, 3\)"):
+        get_task(tmp_path)
+    assert get_task(tmp_path, labels=["a", "b", "c", "d"]).read()["validation"].labels.tolist()[:3] == [0, 1, 2]
+
+
 GOOD = jsonl(rows_of(4))
 BAD_FILES = {
     "empty": ("d.jsonl", "", r"line 1: the file is empty"),
@@ -180,6 +189,14 @@ BAD_FILES = {
     "label a list": ("d.jsonl", GOOD + '{"text": "a", "label": [1]}\n', r"line 5: label is \[1\]"),
     "score nan": ("d.csv", "text,label\na,.5\nb, 1.5\nc,nan\n", r"line 4: label is nan"),
     "label NaN": ("d.jsonl", GOOD + '{"text": "a", "label": NaN}\n', r"line 5: label is nan"),
+    "number of 5,000 digits": (
+        "d.jsonl",
+        GOOD + '{"text": "a", "label": ' + 5000 * "1" + "}\n",
+        r"line 5: JSON that cannot be read",
+    ),
+    "200,000 brackets": ("d.jsonl", GOOD + 200_000 * "[" + "\n", r"line 5: JSON that cannot be read"),
+    "score beyond float32": ("d.csv", "text,label\na,.5\nb,1e39\n", r"line 3: label 1e\+39 is beyond"),
+    "two columns of a name": ("d.csv", "text,label,label\na,b,c\n", r"line 1: the column 'label' is there 2 times"),
     "mixed labels": ("d.jsonl", GOOD + '{"text": "a", "label": 1}\n', r"line 5: label 1, but line 1 has 'no'"),
     "pairs now and then": ("d.jsonl", GOOD + '{"text": "a", "text_pair": "b", "label": "no"}\n', r"line 5: some rows"),
     "no column": ("d.csv", "text,class\na,b\n", r"line 1: no column label"),

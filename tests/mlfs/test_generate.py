@@ -340,6 +340,15 @@ def test_decoding_works_over_any_step_function():
     assert seen.tolist() == [[7, 8, -1, -1, *[-2] * 4], [5, 6, 7, 8, *[-2] * 4], [8, -1, -1, -1, *[-2] * 4]]
 
 
+def test_a_stream_whose_session_went_on_elsewhere_says_so(model):
+    session = Session()
+    reading = stream(model, [5, 6, 7], GenerateConfig(8, stop_tokens=()), session=session)
+    next(reading)
+    generate(model, [[8]], GenerateConfig(2, stop_tokens=()), session=session)
+    with pytest.raises(SessionError, match="went on elsewhere"):
+        next(reading)
+
+
 # --- mistakes
 
 
@@ -351,6 +360,10 @@ def test_decoding_works_over_any_step_function():
         ({"beams": 1.5}, "beams = 1.5: expected"),
         ({"temperature": -1.0}, "temperature = -1.0: expected 0"),
         ({"temperature": float("nan")}, "temperature = nan"),
+        ({"temperature": 1e-40}, r"temperature = 1e-40: expected 0 \(no sampling\), or 1e-30"),
+        ({"temperature": 1.0, "top_p": 1e-40}, "top_p = 1e-40: expected a probability"),
+        ({"temperature": 1.0, "top_k": 2**31}, r"top_k = 2147483648: .*below 2\^31"),
+        ({"beams": True}, "beams = True: expected a whole number"),
         ({"temperature": 1.0, "top_k": -1}, "top_k = -1"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p = 0.0: expected a probability"),
         ({"temperature": 1.0, "top_p": 1.1}, "top_p = 1.1"),
@@ -375,6 +388,9 @@ def test_a_setting_that_cannot_be_says_why(change, says):
         ([[3] * 130], ConfigError, "130 tokens; the context of model is 128, .*: cut it to 127"),
         ([[3] * 120], ConfigError, "120 tokens, and max_new_tokens = 9 .*set max_new_tokens to 8 at most"),
         (["text"], DataError, "see generate_text"),
+        (["12"], DataError, "see generate_text"),  # not the tokens 1 and 2
+        ([[1.5]], DataError, "expected a list of token ids"),
+        ({"input_ids": [3, 4]}, DataError, r"input_ids \(2,\), .*expected the same two axes"),
         ([3, 4], DataError, "expected a list of token ids for each"),
     ],
 )

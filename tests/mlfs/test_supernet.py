@@ -117,6 +117,7 @@ def test_settings_of_all_stages_or_of_each():
 
 
 def test_gradient_weights():
+    np.testing.assert_allclose(gradient_weights([300, 100, 50], 1e4), [0, 0, 3])  # no power of it overflows
     np.testing.assert_allclose(gradient_weights([100, 50, 10], 0.0), [1, 1, 1])
     w = gradient_weights([100, 50, 10], 0.5)
     assert sum(w) == pytest.approx(3) and w[0] < w[1] < w[2]

@@ -123,6 +123,15 @@ def test_a_palette_learns_the_task(config, tiny_hf, tmp_path):
     np.testing.assert_array_equal(*values)
 
 
+def test_a_run_that_diverges_ends_there(config, tmp_path):
+    wild = dataclasses.replace(config, learning_rate=1e30, steps=(5,))
+    with pytest.raises(RunError, match=r"the loss is \[.*nan.*\] at step \d: training has diverged"):
+        mlfs.fit(wild, tmp_path / "wild", console=QUIET)
+    assert not (tmp_path / "wild" / "result.json").exists()
+    with pytest.raises(ConfigError, match="gamma = nan"):
+        dataclasses.replace(config, gamma=float("nan"))
+
+
 def test_one_stage_is_plain_lora_and_first_k_keeps_the_order(config, tmp_path):
     fitted = mlfs.fit(dataclasses.replace(config, steps=(3,), reorder=False), tmp_path / "run", console=QUIET)
     assert len(fitted.stages) == 1 and fitted.order is None
