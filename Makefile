@@ -56,14 +56,14 @@ demo: .venv/.core  ## fetch a model and data, fit a small palette, show, export 
 	$(call mlfs,verify exported/quarter --against runs/demo)
 	$(call mlfs,info runs/demo)
 
-# What two cores can do. A bench runs every time; the four studies behind it measure only what is not stored with the
+# What two cores can do. A bench runs every time; the five studies behind it measure only what is not stored with the
 # same settings, so that they go on where they were stopped: delete their experiments/results/NAME.json to start anew.
 # Not here, because they need what this does not make (experiments/README.md has their commands): plan_llama,
 # spa_network, check_gguf_llamacpp, spa latency --plugin, bench_gpu.
-STUDIES := bench_execution bench_input bench_latency bench_side_memory bench_palette_cost bench_sandwich bench_lora bench_cloud fuzz_frames
-STUDIES += mlfs_choices mlfs_encoder_palette mlfs_decoder spa_tables
+STUDIES := bench_execution bench_input bench_latency bench_side_memory bench_palette_cost bench_sandwich bench_lora bench_generate bench_cloud fuzz_frames
+STUDIES += spa_quantised mlfs_choices mlfs_encoder_palette mlfs_decoder spa_tables
 
-experiments: demo  ## run the benches, and what is missing in the four long studies' results; hours, resumable
+experiments: demo  ## run the benches, and what is missing in the five long studies' results; hours, resumable
 	@cp runs/demo/palette.json experiments/results/demo_palette.json
 	@cp runs/demo/palette.png experiments/results/demo_palette.png
 	$(BIN)/spa latency --jitter 0.1 --png experiments/results/spa_latency.png --json > experiments/results/spa_latency.tmp

@@ -6,17 +6,20 @@
 Random weights: time does not depend on them. MFU counts the FLOPs that the mathematics asks for: of the layers' matrix
 products and of the head, once forwards and once backwards to the inputs (a frozen base has no other gradient), and of
 the adapters nothing; what is computed again does not count. Decoding is set beside the time that reading all weights
-and the cache takes. ``--trace DIR`` writes a profile of the LoRA step.
+and the cache takes. ``--attention cudnn`` takes cuDNN's fused kernel; ``--trace DIR`` writes a profile of the LoRA
+step.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +70,7 @@ class Options:
     steps: int = 10
     dtype: str = "bfloat16"
     remat: bool = False
+    attention: Literal["xla", "cudnn"] = "xla"
     peak_tflops: float = 989.0
     bandwidth_tb_s: float = 4.8
     trace: Path | None = None
@@ -143,6 +147,7 @@ def decoding(model: mlfs.Model, batch_size: int, options: Options) -> dict[str, 
 
 
 def main(options: Options) -> None:
+    os.environ["MLFS_ATTENTION"] = options.attention
     table, results = Table(title=f"{device_name()}, {options.dtype}, length {options.length}"), {}
     for column in ("shape", "what", "batch", "ms", "tokens/s", "of the bound"):
         table.add_column(column, justify="left" if column in ("shape", "what") else "right")

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import bench_tables
 import tables
 import tyro
 from store import final_score, mean_and_spread
@@ -368,12 +369,11 @@ def _index(rows: tuple[Row, ...]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-PARTS = ("demo", "execution", "encoder", "choices", "decoder", "spa", "spa-gates", "latency", "latency-plugin", "gguf")
-PARTS += ("fuzz", "plans", "beside-peers", "sizes", "palette-cost", "side-memory", "input-pipeline", "network", "cloud")
 SECTIONS: dict[str, Callable[[], str]] = {
     "mlfs-index": lambda: _index(MLFS),
     "spa-index": lambda: _index(SPA),
-    **{name: getattr(tables, name.replace("-", "_")) for name in PARTS},
+    **tables.PARTS,
+    **bench_tables.PARTS,
 }
 
 

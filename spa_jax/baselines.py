@@ -56,10 +56,20 @@ class BaselineConfig:
 
     Attributes:
         method: lora, adapter, parallel-adapter, lst, one-shot, zero-shot or shared.
+        model: a name of the catalogue, a hub id, a local Hugging Face directory, or a GGUF file.
+        task: a language task's name, or a .jsonl file with prompt, completion and perhaps user.
+        seed: of new weights and of the order of the data.
+        steps: optimizer steps.
         learning_rate: the peak; by default 1e-3, and 2e-3 for "lst", as for other side networks.
+        batch_size: examples in a step.
         params: about how many parameters to train; by default as many as the default side network of this base has.
-        unique, repeats: of "shared": layers of its own, and how often each is used.
+        unique: of "shared": layers of its own.
+        repeats: of "shared": how often each of them is used.
         base_bits: 8 or 4: keep the layers of the frozen base in so many; 32: as they are.
+        max_length: tokens of prompt and completion; the default is the task's.
+        buckets: lengths that batches are padded to (each is one more compile of the step).
+        limit: at most this many examples of each split.
+        save_every: steps between checkpoints.
     """
 
     method: str
@@ -79,8 +89,6 @@ class BaselineConfig:
     save_every: int = 100
 
     def __post_init__(self):
-        if self.learning_rate is None:
-            object.__setattr__(self, "learning_rate", 2e-3 if self.method == "lst" else 1e-3)
         if self.method not in METHODS:
             raise ConfigError(f"method = {self.method!r}: expected one of {', '.join(METHODS)}.")
         if min(self.unique, self.repeats) < 1 or (self.params is not None and self.params < 1):
@@ -92,13 +100,24 @@ class BaselineConfig:
                 f"method = 'lst', base_bits = {self.base_bits}, params = {self.params}: LST is the default side "
                 "network over the base as it is; leave both out."
             )
+        if self.method != "shared" and (self.unique, self.repeats) != (2, 3):
+            raise ConfigError(
+                f"unique = {self.unique}, repeats = {self.repeats}: these are of method 'shared', not {self.method!r}."
+            )
         _ = self.fit_config  # its errors, now
+
+    @property
+    def peak(self) -> float:
+        """The learning rate's, as asked for or the method's own."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return 2e-3 if self.method == "lst" else 1e-3
 
     @property
     def fit_config(self) -> FitConfig:
         """The same run as a side network's, for what both share; of "lst", the run itself."""
         fields = {f.name for f in dataclasses.fields(FitConfig)} & {f.name for f in dataclasses.fields(self)}
-        return FitConfig(setting="s3", **{name: getattr(self, name) for name in fields})
+        return FitConfig(setting="s3", **{name: getattr(self, name) for name in fields} | {"learning_rate": self.peak})
 
     @property
     def trains(self) -> bool:
@@ -193,7 +212,7 @@ def fit_baseline(
     shared = config.fit_config
     task, model = shared.get_task(), shared.load_model(loaded=model)
     data = shared.load_data(task, model)
-    saved = {**dataclasses.asdict(config), "data": fingerprint(data)}
+    saved = {**dataclasses.asdict(config), "learning_rate": config.peak, "data": fingerprint(data)}
     with preemption() as stop, Run.create_or_resume(out, saved, kind=BASELINE) as run:
         if run.finished or not config.trains:
             if not run.finished:
@@ -201,7 +220,7 @@ def fit_baseline(
             return _assemble(config, model, data["train"], run)
         train = data["train"]
         batches = Batches(train, min(config.batch_size, len(train)), seed=config.seed, buckets=config.buckets)
-        optimizer = Stage(config.method, "maxnet", config.steps, config.learning_rate).optimizer()
+        optimizer = Stage(config.method, "maxnet", config.steps, config.peak).optimizer()
 
         @partial(jax.jit, donate_argnames="state")
         def update(state: TrainState, base, batch):

@@ -158,7 +158,9 @@ class Channel:
         except TimeoutError:
             raise Lost(f"no connection to {self.url} within {self.config.connect_s:g} s.", "timeout") from None
         except (OSError, InvalidHandshake, EOFError) as error:
-            raise Lost(f"no connection to {self.url}: {error}.") from None
+            said = str(error) or type(error).__name__
+            hint = "" if isinstance(error, OSError) and not isinstance(error, ssl.SSLError) else WRONG_SCHEME
+            raise Lost(f"no connection to {self.url}: {said}.{hint}") from None
         self.stats.connections += 1
         begin = time.perf_counter()
         await self.send(self.terms)
@@ -234,6 +236,9 @@ class Channel:
         if 1009 in codes:
             return NetworkError("a frame was larger than the other side accepts.", "too-large")
         return Lost(f"the connection broke: {error}.")
+
+
+WRONG_SCHEME = " Perhaps it speaks the other one of ws:// and wss://."
 
 
 def _tls(config: DeviceConfig) -> ssl.SSLContext:

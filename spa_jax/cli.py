@@ -13,10 +13,10 @@ from typing import Annotated, Any
 
 import tyro
 
-from mlfs_jax.errors import ConfigError, UnknownNameError
+from mlfs_jax.errors import ConfigError, RunError, UnknownNameError
 from mlfs_jax.terminal import log_to_stderr, print_json, print_table, run_command, set_up_jax, spinner
 from spa_jax import cli_network
-from spa_jax.options import Flag, RunFolder
+from spa_jax.options import Flag, RunFolder, check_picture
 
 HELP = f"""\
 usage: spa COMMAND ...      (spa COMMAND --help lists its options)
@@ -153,12 +153,13 @@ def evaluate(
 
     if usage is not None:
         check_usage(usage)
+    check_picture(curve)
     if curve is not None:
         if usage is not None or setting is not None:
             raise ConfigError("--curve draws several usages of the run's own setting: leave --usage and --setting out.")
         return _draw_curve(run, curve, split, beams, limit, batch_size, json)
-    users = sorted(folder for folder in run.glob("*/") if (folder / "plugin.json").exists())
-    folders = users if users and not (run / "run.json").exists() else [run]
+    users = [] if (run / "run.json").exists() else sorted(folder.parent for folder in run.glob("*/run.json"))
+    folders = users or [run]
     results: dict[str, dict[str, float]] = {}
     with spinner() as advance:
         for folder in folders:
@@ -173,7 +174,7 @@ def evaluate(
                     batch_size=batch_size,
                     advance=partial(lambda name, doing: advance(f"{name}: {doing}"), folder.name),
                 )
-            except UnknownNameError as e:  # a user may have no example in a small split
+            except (UnknownNameError, RunError) as e:  # no example in a small split; a fit that was stopped
                 if folder is folders[-1] and not results:
                     raise
                 print(f"{folder.name} is left out: {e}", file=sys.stderr)
@@ -235,6 +236,7 @@ def show(
     from spa_jax import show as shows
     from spa_jax.train import load_run
 
+    check_picture(png)
     shown = shows.show(load_run(run), prompt.replace("\\n", "\n"), usage=usage, max_new_tokens=max_new_tokens)
     written = []
     if html is not None:

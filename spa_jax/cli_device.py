@@ -30,7 +30,7 @@ class DeviceOptions:
         tokenizer: folder of the base's tokenizer; the default is where `spa fit` found it.
         cafile: PEM of the authority that signed the server's certificate, if it is your own.
         head: where tokens are chosen when the side network is used; on the device nothing personal goes up.
-        base: where the head's weights are read from, for --head device.
+        base: where the head's weights are read from, for --head device; the default is what `spa fit` had.
         project: where activations are projected; the cloud must have what `spa publish` wrote.
         public_gate: leave the gate to the cloud, too, which must have it of `spa publish --gate`; none is sent.
         coding: of activations and states on the wire.
@@ -80,6 +80,8 @@ class Kit:
                 f"budget: this plugin's setting is {self.plugin.setting}, which has no gate to hold back."
             )
         folder = options.tokenizer or _model_folder(options.plugin)
+        if not folder.is_dir():
+            raise ConfigError(f"tokenizer {folder}: there is no such folder.")
         if tokenizer_fingerprint(folder) != self.plugin.tokenizer:
             raise PluginError(f"this plugin was made with another tokenizer than the one in {folder}.")
         self.tokenizer = load_tokenizer(folder)
@@ -89,7 +91,7 @@ class Kit:
             base=self.plugin.base,
             setting=self.plugin.setting,
             threshold=self.plugin.threshold_for(options.usage),
-            head=_head(self.plugin, options.head, options.base or folder),
+            head=_head(self.plugin, options),
             project=options.project,
             send_gate=not options.public_gate,
             coding=options.coding,
@@ -137,18 +139,27 @@ def _model_folder(plugin: Path) -> Path:
     try:
         name = Run.open(plugin).config["model"]
     except (RunError, KeyError):
-        raise ConfigError(f"{plugin} does not say where its tokenizer is: give --tokenizer FOLDER.") from None
+        raise ConfigError(
+            f"{plugin} does not say what its base is: give --tokenizer FOLDER (and --base, for --head device)."
+        ) from None
     return model_folder(name)
 
 
-def _head(plugin, place: str, base) -> dict | None:
+def _head(plugin, options: DeviceOptions) -> dict | None:
     """The weights of the base's head, if tokens are chosen here."""
-    if place == "cloud":
+    if options.head == "cloud":
         return None
     from mlfs_jax.backbone.tree import flatten
     from mlfs_jax.hf.load import from_pretrained
     from spa_jax.device_model import head_names
 
+    base: Path | str | None = options.base
+    if base is None:
+        try:
+            base = _model_folder(options.plugin)
+        except ConfigError:  # a plugin without its run: perhaps the tokenizer lies in the base's folder
+            if (base := options.tokenizer) is None:
+                raise
     model = from_pretrained(base).quantise(plugin.base_bits)
     plugin.check(model.decoder, model.base)
     weights = flatten(model.base)

@@ -11,7 +11,7 @@ from mlfs_jax.errors import ConfigError
 from mlfs_jax.terminal import log_to_stderr, print_json, print_table, spinner
 from spa_jax.cli_device import chat, generate
 from spa_jax.errors import NetworkError
-from spa_jax.options import Coding, Flag, Place, RunFolder, budget_ms, make_token, numbers, read_token
+from spa_jax.options import Coding, Flag, Place, RunFolder, budget_ms, check_picture, make_token, numbers, read_token
 
 HELP = """\
   serve     the cloud: base, gates and caches behind a websocket, for many devices at a time
@@ -47,7 +47,7 @@ def serve(
     idle_s: float = 60.0,
     reply_s: float = 10.0,
 ) -> None:
-    """Serve a base to devices until Ctrl-C. Metrics are at /metrics, for those who have the token.
+    """Serve a base to devices until Ctrl-C or SIGTERM. Metrics are at /metrics, for those who have the token.
 
     Args:
         model: the base, as for `spa fit`.
@@ -65,7 +65,9 @@ def serve(
         reply_s: seconds that a device may take to answer.
     """
     import asyncio
+    import errno
     import logging
+    import signal
 
     from mlfs_jax.hf.load import from_pretrained
     from mlfs_jax.sharding import make_mesh
@@ -104,6 +106,7 @@ def serve(
     print(f"{waiting:.0f} MB ({slots} slots of {context} tokens)", flush=True)
 
     async def run():
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asyncio.current_task().cancel)  # as of Ctrl-C
         async with cloud:
             print(f"serving {model} at {cloud.url}" + ("" if token else ", to anybody on this machine"), flush=True)
             await cloud.serve_forever()
@@ -112,7 +115,8 @@ def serve(
         with log_to_stderr(logging.INFO, "spa_jax.cloud"), contextlib.suppress(asyncio.CancelledError):
             asyncio.run(run())
     except OSError as error:
-        raise NetworkError(f"cannot listen at {host}:{port}: {error.strerror or error}. Is the port taken?") from None
+        taken = " Another program has the port: choose one with --port." if error.errno == errno.EADDRINUSE else ""
+        raise NetworkError(f"cannot listen at {host}:{port}: {error.strerror or error}.{taken}") from None
 
 
 def latency(
@@ -157,6 +161,7 @@ def latency(
     if not 0 <= usage <= 1:
         raise ConfigError(f"usage = {usage}: expected a share of the tokens, between 0 and 1.")
     check_times(cloud_ms, device_ms)
+    check_picture(png)
     links = [Link(r, b, jitter, loss) for r in numbers(rtt, "rtt") for b in numbers(bandwidth, "bandwidth")]
     shape, memory = LLAMA_7B, "stateless"
     with spinner() as advance:
@@ -240,6 +245,7 @@ def calibrate(
     from spa_jax.plugin import load_plugin, save_plugin
 
     check_times(cloud_ms, device_ms)
+    check_picture(png)
     plugin, link, wanted = load_plugin(run), Link(rtt, bandwidth), budget_ms(budget)
     if not plugin.setting.gated:
         raise ConfigError(f"{run} is a plugin of the setting {plugin.setting}: it has no gate to calibrate.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -107,10 +108,21 @@ class FitConfig:
             raise ConfigError(f"cache_taps = {self.cache_taps!r}: expected one of {', '.join(TAPS)}.")
         if self.taps_folder is not None and self.cache_taps != "disk":
             raise ConfigError(f"taps_folder = {self.taps_folder!r} needs cache_taps = 'disk', got {self.cache_taps!r}.")
+        if not self.cache_gb > 0:
+            raise ConfigError(f"cache_gb = {self.cache_gb}: expected gigabytes, more than 0.")
+        if not 0 < self.learning_rate < math.inf:
+            raise ConfigError(f"learning_rate = {self.learning_rate}: expected a positive, finite number.")
         if self.base_bits not in BITS:
             raise ConfigError(f"base_bits = {self.base_bits}: expected 4, 8 or 32 (as it is).")
         if self.user is not None and not self.user.strip():
             raise ConfigError("user is empty: name the user whose examples the plugin is made of, or leave user out.")
+
+    def to_json(self) -> dict[str, Any]:
+        """For run.json. What is there since a later version is left out where it changes nothing: older runs go on."""
+        saved = dataclasses.asdict(self)
+        if self.base_bits == 32:
+            del saved["base_bits"]
+        return saved
 
     @property
     def optimizer(self) -> optax.GradientTransformation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import jax
@@ -49,11 +50,12 @@ class GateConfig:
         check_usage(self.usage)
         if not 0 <= self.share < 1:
             raise ConfigError(f"gate share = {self.share}: expected a share of the training examples, below 1.")
-        if self.price < 0 or self.decay < 0 or self.learning_rate <= 0 or self.steps < 1 or self.bank < 1:
+        finite = all(0 <= x < math.inf for x in (self.price, self.decay, self.learning_rate))
+        if not finite or self.learning_rate == 0 or self.steps < 1 or self.bank < 1:
             raise ConfigError(
                 f"gate price = {self.price}, decay = {self.decay}, learning_rate = {self.learning_rate}, steps = "
-                f"{self.steps}, bank = {self.bank}: expected none below 0, a positive learning_rate, steps and bank of "
-                "at least 1."
+                f"{self.steps}, bank = {self.bank}: expected finite numbers of at least 0, a positive learning_rate, "
+                "steps and bank of at least 1."
             )
 
     def method_for(self, setting: Setting) -> str:

@@ -107,7 +107,7 @@ def constants(model, plugin, *, repeats: int = 10) -> tuple[float, float]:
     from spa_jax.device_model import SideDevice
 
     device = SideDevice(plugin.side, base=plugin.base, setting="s1")
-    cloud = DecoderCloud(model, slots=1, context=64 + repeats, chunk=8)
+    cloud = DecoderCloud(model, slots=1, context=min(64 + repeats, model.decoder.max_positions), chunk=8)
     cloud.open(0, device.terms())
     cloud_ms, device_ms, state = [], [], device.start()
     for i in range(repeats):

@@ -44,6 +44,15 @@ def make_token(file: Path) -> bool:
     return True
 
 
+PICTURES = (".png", ".pdf", ".svg")
+
+
+def check_picture(file: Path | None) -> None:
+    """Before anything is measured; raises ConfigError for a file of another kind than pictures are written in."""
+    if file is not None and file.suffix.lower() not in PICTURES:
+        raise ConfigError(f"picture {file}: expected a file that ends in {', '.join(PICTURES)}.")
+
+
 def numbers(text: str, name: str) -> list[float]:
     """ "5,20,80" -> [5.0, 20.0, 80.0]; raises ConfigError."""
     try:

@@ -40,7 +40,8 @@ SAMPLED = 4096
 def base_fingerprint(config: DecoderConfig, base: Any) -> str:
     """What one base is told from another by: its shape, and a few thousand numbers of each weight, in bf16.
 
-    Not all of them, because a large base would take minutes; in bf16, so that it is the same base in any precision.
+    Not all of them, because a large base would take minutes; in bf16, so that it is the same base in float32 and in
+    bf16. A quantised one is another base, and so is one that was quantised from other floats.
     """
     digest = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
     for name, leaf in sorted(flatten(base).items()):

@@ -6,7 +6,7 @@ import html
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlfs_jax.data.tokenizer import load_tokenizer, utf8
+from mlfs_jax.data.tokenizer import TextStream, load_tokenizer, utf8
 from mlfs_jax.errors import ConfigError
 from mlfs_jax.generate import GenerateConfig
 from mlfs_jax.run import write_atomic
@@ -58,15 +58,11 @@ def show(fitted: Fitted, prompt: str, *, usage: float | None = None, max_new_tok
         threshold = plugin.threshold_for(usage)
     config = GenerateConfig(max_new_tokens=max_new_tokens)
     found = generate(model, plugin.side, [ids], config, setting=plugin.setting, threshold=threshold)
-    tokens, pieces, before = found.tokens[0], [], ""
-    for i in range(len(tokens)):
-        whole = tokenizer.decode(tokens[: i + 1])
-        if whole.endswith("�") and i + 1 < len(tokens):  # half a character: its other half comes with the next token
-            piece = ""
-        else:
-            piece, before = whole[len(before) :], whole
-        used, differs = found.sigma[0][i], found.differs[0][i]
-        pieces.append((piece, (OVERRULED if differs else DEVICE) if used else CLOUD, found.gate[0][i]))
+    text, pieces = TextStream(tokenizer, ids), []  # half a character comes with its other half
+    for token, used, differs, gate in zip(
+        found.tokens[0], found.sigma[0], found.differs[0], found.gate[0], strict=False
+    ):
+        pieces.append((text.step(token), (OVERRULED if differs else DEVICE) if used else CLOUD, gate))
     return Shown(prompt, tuple(pieces), found.rates())
 
 

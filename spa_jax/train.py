@@ -171,7 +171,7 @@ def fit(
     data = config.load_data(task, model)
     for_side, for_gate = config.split(data["train"])
     _batch_size(config, for_side, mesh)
-    saved = {**dataclasses.asdict(config), "data": fingerprint(data)}
+    saved = {**config.to_json(), "data": fingerprint(data)}
     with preemption() as stop, Run.create_or_resume(out, saved, kind=FIT) as run:
         if run.finished:
             console.print(f"{run.path} is finished; `spa eval` measures it.")

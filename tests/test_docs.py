@@ -188,7 +188,9 @@ def test_tables_are_what_the_results_say(monkeypatch):
     for page in index.PAGES:
         text = page.read_text(encoding="utf-8")
         assert index.generated(text) == text, f"{page.name} is stale: python experiments/index.py"
-    source = (ROOT / "experiments/tables.py").read_text(encoding="utf-8")
+    source = "".join(
+        (ROOT / f"experiments/{name}.py").read_text(encoding="utf-8") for name in ("tables", "bench_tables")
+    )
     shown = set(re.findall(r"(?:read|published)\(\"(\w+)\"\)", source))
     assert {file.stem for file in (ROOT / "experiments/results").glob("*.json")} <= shown
 

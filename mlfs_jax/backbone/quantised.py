@@ -20,12 +20,12 @@ from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from mlfs_jax.backbone.tree import STACKED, map_named
+from mlfs_jax.backbone.tree import STACKED, flatten, map_named
 from mlfs_jax.errors import ConfigError
 
 BITS = (4, 8, 32)
 GROUP = 64
-"""Inputs that share a scale, at most."""
+"""Inputs that share a scale; a few less where they do not divide so."""
 
 
 def _normal_float() -> Float[np.ndarray, " 16"]:
@@ -47,7 +47,7 @@ class Quantised:
 
     Attributes:
         codes: int8 [*stack, in, out], or of 4 bits uint8 [*stack, in / 2, out]: the second half of the inputs above
-            the first. Axes of inputs, and those of outputs, are one here.
+            the first. Axes of inputs, and those of outputs, are one here; inputs are filled up to whole groups.
         scale: of each group, the largest weight.
         dims: shape of the kernel without its stack.
         dtype: of the weights that come out.
@@ -61,6 +61,10 @@ class Quantised:
     @property
     def shape(self) -> tuple[int, ...]:
         return (*self.codes.shape[:-2], *self.dims)
+
+    @property
+    def bits(self) -> int:
+        return 4 if self.codes.dtype == jnp.uint8 else 8
 
     @property
     def ndim(self) -> int:
@@ -78,13 +82,14 @@ class Quantised:
         """The weights; ``[...]`` is the only index, as of an ``nnx.Param``."""
         if index is not ...:
             raise TypeError(f"a quantised kernel has no [{index!r}]: expected [...], then index the weights.")
-        if self.codes.dtype == jnp.uint8:
+        if self.bits == 4:
             levels = jnp.asarray(NF4)[jnp.concatenate([self.codes & 15, self.codes >> 4], -2)]
         else:
             levels = self.codes.astype(jnp.float32) / 127
         *stack, groups, out = self.scale.shape
         grouped = levels.reshape(*stack, groups, -1, out) * self.scale[..., None, :]
-        return grouped.reshape(self.shape).astype(self.dtype)
+        rows = math.prod(self.dims) // out
+        return grouped.reshape(*stack, -1, out)[..., :rows, :].reshape(self.shape).astype(self.dtype)
 
     def contract(self, x: Float[Array, "... in"], axes: int) -> Float[Array, "... out"]:
         """``tensordot(x, weights, axes)``; for the gradient the weights are made again, not kept."""
@@ -94,20 +99,27 @@ class Quantised:
 def quantise(base: nnx.State, bits: int) -> nnx.State:
     """The base with the kernels of its layers in 8 bits, symmetrically, or in 4 (NF4), one scale for 64 inputs.
 
-    Embeddings, norms, biases and the head stay as they are, and so do kernels that are quantised already. Of QLoRA,
-    the scales are not quantised in turn. What merges adapters into the base makes it a float one again.
+    Embeddings, norms, biases and the head stay as they are. Of QLoRA, the scales are not quantised in turn. What merges
+    adapters into the base makes it a float one again.
+
+    Args:
+        bits: 8, 4, or 32: as they are. A base that is quantised already is given back with its own bits only.
 
     Raises:
         ConfigError: another number of bits, or a base that lies on a mesh.
     """
     if bits not in BITS:
         raise ConfigError(f"base_bits = {bits}: expected 4, 8 or 32 (as it is).")
-    if bits == 32:
+    values = (leaf.get_value() for leaf in flatten(base).values())
+    has = {value.bits for value in values if isinstance(value, Quantised)}
+    if has - {bits}:
+        raise ConfigError(f"base_bits = {bits}: this base is in {has.pop()} bits already; give those, or load it anew.")
+    if bits == 32 or has:
         return base
 
     def quantised(name: str, leaf: nnx.Param) -> Array | Quantised:
         value = leaf.get_value()
-        if not (name.startswith(f"{STACKED}.") and name.endswith(".kernel")) or isinstance(value, Quantised):
+        if not (name.startswith(f"{STACKED}.") and name.endswith(".kernel")):
             return value
         if isinstance(getattr(value, "sharding", None), NamedSharding):
             raise ConfigError(f"base_bits = {bits}: a base on a mesh is not quantised here; leave one of the two out.")
@@ -125,12 +137,14 @@ def dequantised(base: nnx.State) -> nnx.State:
 def _encode(kernel: Array, inputs: int, bits: int) -> Quantised:
     dims = kernel.shape[1:]
     rows = math.prod(dims[:inputs])
-    if bits == 4 and rows % 2:
-        bits = 8  # no two halves
-    size = next(size for size in range(min(GROUP, rows), 0, -1) if rows % size == 0)
-    grouped = kernel.astype(jnp.float32).reshape(kernel.shape[0], rows // size, size, -1)
+    groups = -(-rows // GROUP)
+    size = -(-rows // groups)
+    size += size % 2  # 4 bits: two halves
+    flat = kernel.astype(jnp.float32).reshape(kernel.shape[0], rows, -1)
+    flat = jnp.pad(flat, ((0, 0), (0, groups * size - rows), (0, 0)))  # whole groups
+    grouped = flat.reshape(kernel.shape[0], groups, size, -1)
     scale = jnp.maximum(jnp.abs(grouped).max(2), 1e-12)
-    levels = (grouped / scale[:, :, None]).reshape(kernel.shape[0], rows, -1)
+    levels = (grouped / scale[:, :, None]).reshape(flat.shape)
     if bits == 8:
         return Quantised(jnp.round(127 * levels).astype(jnp.int8), scale, dims, kernel.dtype)
     nearest = jnp.searchsorted(jnp.asarray((NF4[1:] + NF4[:-1]) / 2), levels).astype(jnp.uint8)

@@ -17,6 +17,7 @@ from mlfs_jax.model import forward
 from mlfs_jax.vocab import Hidden, lm_loss
 from spa_jax.adapters import adapted, count_adapters, init_adapters
 from spa_jax.baselines import BaselineConfig, budget, fit_baseline, init_params, load_baseline, shared_model
+from spa_jax.config import FitConfig
 from spa_jax.evaluate import evaluate_baseline
 from tests.mlfs.tiny import tiny_decoder, tiny_tokens
 
@@ -60,6 +61,15 @@ def test_all_train_about_as_much(config):
     rank_one = sum(x.size for x in jax.tree.leaves(init_lora(jax.random.key(0), model, rank=1)))
     lora = init_params(dataclasses.replace(config, params=3 * rank_one), model)
     assert lora["layers.q"]["a"].shape[-1] == 3
+
+
+def test_lst_learns_as_a_side_network_does(config):
+    """Its rate is its own also where a command line has made a config of another method first."""
+    lst = dataclasses.replace(BaselineConfig("lora", config.model, config.task), method="lst")
+    assert lst.fit_config.learning_rate == FitConfig(config.model, config.task, "s3").learning_rate == 2e-3
+    assert BaselineConfig("lora", config.model, config.task).peak == 1e-3
+    with pytest.raises(ConfigError, match="unique = 5, repeats = 3: these are of method 'shared'"):
+        dataclasses.replace(lst, unique=5)
 
 
 def test_shared_layers_are_one_set_of_weights(config):

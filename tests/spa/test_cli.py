@@ -46,6 +46,7 @@ def test_fit_eval_show(run, tmp_path, capsys):
     shown = json.loads(capsys.readouterr().out)
     assert {piece["who"] for piece in shown["pieces"]} <= {"cloud", "device", "overruled"}
     assert "".join(piece["text"] for piece in shown["pieces"]) == shown["text"]
+    assert shown["text"].startswith(" w")  # as it stands behind the prompt
 
 
 def test_baselines_are_evaluated_by_the_same_command(tiny_lm, echo_task, tmp_path, capsys):
@@ -65,6 +66,10 @@ def test_users(tiny_lm, echo_task, tmp_path, capsys):
     capsys.readouterr()
     assert main(["eval", str(tmp_path / "users"), "--limit", "4", "--batch-size", "4", "--json"]) == 0
     assert {*json.loads(capsys.readouterr().out)} == {"alice", "bob"}
+    (tmp_path / "users" / "bob" / "result.json").unlink()  # as a fit that was stopped
+    assert main(["eval", str(tmp_path / "users"), "--limit", "4", "--batch-size", "4", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert {*json.loads(out)} == {"alice"} and "bob is left out" in err and "not finished" in err
 
 
 @pytest.mark.parametrize(
@@ -80,6 +85,10 @@ def test_users(tiny_lm, echo_task, tmp_path, capsys):
         ("eval nowhere", "there is no run folder"),
         ("eval {run} --curve x.png --usage 0.3", "leave --usage and --setting out"),
         ("show {run} --prompt=", "expected some text"),
+        ("show {run} --prompt=w5 --png x.xyz", "picture x.xyz: expected a file that ends in .png"),
+        ("eval {run} --curve x.xyz", "picture x.xyz"),
+        ("fit --model {run} --task wiki-description --out x --cache-gb nan", "cache_gb = nan: expected gigabytes"),
+        ("fit --model {run} --task wiki-description --out x --learning-rate nan", "^error: learning_rate = nan"),
         ("show {run} --prompt=caf\udce9", "expected text in UTF-8"),
         ("baseline --method lst --model {run} --task wiki-description --out x --base-bits 4", "leave both out"),
         ("fit --model {run} --task wiki-description --out x --setting s5", "unknown setting 's5'"),

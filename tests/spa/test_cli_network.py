@@ -69,11 +69,12 @@ def server(tiny_lm, base, tmp_path_factory):
         assert lines[0].startswith("memory: base"), (lines, process.stderr.read() if process.poll() else "")
         yield re.search(r"ws://\S+", lines[1])[0], str(token), str(public)
     finally:
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
         _, logged = process.communicate(timeout=30)
         events = [json.loads(line) for line in logged.splitlines() if line.startswith("{")]
         assert events[0]["event"] == "listening" and "w5" not in logged
-        assert process.returncode in (0, 130)
+        assert process.returncode == 0 and "Traceback" not in logged
+        assert events[-1]["event"] == "closed", events[-3:]
 
 
 def test_generate_and_chat(server, plugin, tiny_lm, capsys, monkeypatch):
@@ -232,6 +233,7 @@ def test_latency_models_a_plugin_as_it_runs(plugin, base, monkeypatch, capsys):
         ("--tokens 0", "tokens = 0: expected at least 1"),
         ("--tokens 1 --plugin x", "tokens = 1: expected at least 2"),
         ("--tokens=-3", "tokens = -3"),
+        ("--png out/x.xyz", "picture out/x.xyz: expected a file that ends in .png, .pdf, .svg"),
         ("--usage 1.5", "usage = 1.5: expected a share"),
         ("--device-ms=-5", "device-ms = -5.0: expected ms, at least 0"),
     ],

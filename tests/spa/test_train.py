@@ -242,6 +242,14 @@ def test_beside_a_quantised_base(config, start, tmp_path):
         fit(dataclasses.replace(config, base_bits=4), tmp_path / "mesh", mesh=mlfs.make_mesh("data=1"), console=QUIET)
     with pytest.raises(ConfigError, match="base_bits = 3: expected 4, 8 or 32"):
         dataclasses.replace(config, base_bits=3)
+    with pytest.raises(ConfigError, match="base_bits = 32: this base is in 4 bits already"):
+        fit(config, tmp_path / "32", model=fitted.model, console=QUIET)
+
+
+def test_a_run_of_before_there_were_base_bits_goes_on(config, tmp_path):
+    fit(config, tmp_path / "run", console=QUIET)
+    assert "base_bits" not in Run.open(tmp_path / "run").config
+    assert load_run(tmp_path / "run").config == fit(config, tmp_path / "run", console=QUIET).config == config.anywhere()
 
 
 def test_a_plugin_refuses_what_it_was_not_made_for(config, tiny_lm, tmp_path):
@@ -291,6 +299,7 @@ def test_mistakes_are_named_before_anything_is_written(config, tmp_path):
         "method = 'guess'": {"method": "guess"},
         "gate share = 1": {"share": 1},
         "price = -1": {"price": -1},
+        "price = nan": {"price": float("nan")},
     }.items():
         with pytest.raises(ConfigError, match=message):
             GateConfig(**gate)
