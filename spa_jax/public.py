@@ -15,7 +15,6 @@ import numpy as np
 import safetensors.numpy as safetensors
 from safetensors import SafetensorError
 
-from mlfs_jax.run import write_atomic
 from spa_jax.errors import PluginError
 
 
@@ -55,7 +54,7 @@ def save_public(file: str | Path, public: Public) -> Path:
     kinds = {"taps": np.int32}
     arrays = {name: np.ascontiguousarray(x, kinds.get(name, np.float32)) for name, x in arrays.items() if x is not None}
     Path(file).parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(Path(file), safetensors.save(arrays))
+    Path(file).write_bytes(safetensors.save(arrays))
     return Path(file)
 
 
