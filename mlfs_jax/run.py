@@ -291,7 +291,9 @@ def _read_info(path: Path) -> dict:
             raise ValueError("config is not a dictionary")
         known = info["format"]
     except FileNotFoundError:
-        raise RunError(f"{path} holds no run (no {_RUN}): give a folder that `mlfs fit` or `spa fit` has written") from None
+        raise RunError(
+            f"{path} holds no run (no {_RUN}): give a folder that `mlfs fit` or `spa fit` has written"
+        ) from None
     except (ValueError, TypeError, KeyError, RecursionError) as e:
         raise RunError(f"{path / _RUN} is damaged ({e!r}): delete the folder and start again") from e
     if known != FORMAT:
