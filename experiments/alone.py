@@ -1,4 +1,4 @@
-"""The honest baseline of a palette: one small model, cut naively, trained alone for its one size."""
+"""The baseline of a palette: one small model, trained alone for its one size."""
 
 from __future__ import annotations
 
@@ -12,13 +12,17 @@ from mlfs_jax.evaluate import evaluate
 from mlfs_jax.supernet import Supernet
 
 
-def train_alone(fitted: mlfs.Fitted, data: dict, subnet: mlfs.Subnet, steps: int) -> dict[str, dict[str, float]]:
+def train_alone(
+    fitted: mlfs.Fitted, data: dict, subnet: mlfs.Subnet, steps: int, *, best: bool = False
+) -> dict[str, dict[str, float]]:
     """LoRA on the first heads and neurons of the pretrained model, by the task's loss alone; scores by split.
 
-    It has as many adapter parameters as all stages of the run together, and their highest learning rate.
+    It has as many adapter parameters as all stages of the run together, and their highest learning rate. ``best``: cut
+    by the importance that the run has measured after its stage 0, as the palette's subnets are.
     """
     config, stages = fitted.config, fitted.config.stages
-    model = mlfs.slice_subnet(config.load_model(fitted.task), subnet)
+    model = config.load_model(fitted.task)
+    model = mlfs.slice_subnet(mlfs.reorder(model, fitted.order) if best else model, subnet)
     rank, rate = sum(stage.rank for stage in stages), max(stage.learning_rate for stage in stages)
     stage = mlfs.Stage("baseline", "maxnet", steps, rate, rank)
     distill, on_cpu = dataclasses.replace(config.distill, beta=0.0), jax.default_backend() == "cpu"

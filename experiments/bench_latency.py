@@ -68,4 +68,5 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
+    mlfs.keep_freed_memory()
     main(tyro.cli(Options, description=__doc__))

@@ -8,7 +8,8 @@ The arms take the same steps over the same batches; each differs from "three sta
 not compute: one stage trains more networks in each step than the first two of three do. So "one stage, equal passes"
 stops when it has taken as many passes through a network (a subnet's counts like the maxnet's) as three stages take.
 "alone" is the baseline at that total budget: the palette's sizes, each cut naively from the pretrained model and
-trained by itself, sharing the palette's passes. Numbers are of the test split.
+trained by itself, sharing the palette's passes; in "alone, best k" each is cut by importance, as the palette's are, and
+the passes of stage 0, after which that is measured, are paid for. Numbers are of the test split.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ ARMS = {
     "gamma 1": {"gamma": 1.0},
     "gamma 2": {"gamma": 2.0},
 }
-ALONE = "alone"
+ALONE = ("alone", "alone, best k")
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Options:
     """What to run."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    arms: tuple[str, ...] = (*ARMS, ALONE)
+    arms: tuple[str, ...] = (*ARMS, *ALONE)
     model: str = "bert-tiny"
     task: str = "wiki-topic"
     runs: Path = Path("runs/choices")
@@ -69,16 +70,18 @@ def passes(config: mlfs.FitConfig, space: mlfs.SubnetSpace) -> int:
 def measure(options: Options, arm: str, seed: int, console: Console) -> dict | None:
     """Scores of every named subnet, and the passes of training; None when the run was stopped."""
     config = config_for(options, arm, seed)
-    name = "three stages" if arm == ALONE else arm
+    name = "three stages" if arm in ALONE else arm
     fitted = mlfs.fit(config, options.runs / name.replace(" ", "-") / str(seed), console=console)
     if fitted is None:
         return None
     data, names = config.load_data(fitted.task, fitted.model), fitted.space.names()
-    if arm == ALONE:
-        steps = passes(config, fitted.space) // len(names)
+    if arm in ALONE:
+        best = arm != "alone"
+        paid = config.stages[0].steps if best else 0
+        steps = (passes(config, fitted.space) - paid) // len(names)
         console.print(f"each of {len(names)} alone for {steps} steps")
-        scores = {name: train_alone(fitted, data, subnet, steps)["test"] for name, subnet in names.items()}
-        return {"scores": scores, "passes": steps * len(names)}
+        scores = {name: train_alone(fitted, data, subnet, steps, best=best)["test"] for name, subnet in names.items()}
+        return {"scores": scores, "passes": steps * len(names) + paid}
     cut = {name: mlfs.slice_subnet(fitted.merged, subnet) for name, subnet in names.items()}
     scores = {name: evaluate(small, data["test"], fitted.task.metric) for name, small in cut.items()}
     return {"scores": scores, "passes": passes(config, fitted.space)}
@@ -92,7 +95,7 @@ def report(options: Options, console: Console) -> None:
     import matplotlib.pyplot as plt
 
     results = [r for r in load_results(RESULTS).values() if (r["model"], r["task"]) == (options.model, options.task)]
-    arms = {arm: [r["scores"] for r in results if r["arm"] == arm] for arm in (*ARMS, ALONE)}
+    arms = {arm: [r["scores"] for r in results if r["arm"] == arm] for arm in (*ARMS, *ALONE)}
     spent = {r["arm"]: r["passes"] for r in results}
     arms = {arm: runs for arm, runs in arms.items() if runs}
     if not arms:
@@ -117,7 +120,7 @@ def report(options: Options, console: Console) -> None:
 
 def main(options: Options) -> None:
     console = Console()
-    check_names("arm", options.arms, (*ARMS, ALONE))
+    check_names("arm", options.arms, (*ARMS, *ALONE))
     for seed in options.seeds if not options.report else ():
         for arm in options.arms:
             key = f"{options.model}/{options.task}/{arm}/{seed}"

@@ -15,11 +15,15 @@ PRESETS = ("paper", "h200", "cpu")
 
 @dataclass(frozen=True)
 class Finding:
-    """What was measured, as text, with which seeds and machine; ``same``: in the paper's direction, if it has one."""
+    """What was measured, as text, with which seeds and machine; ``same``: in the paper's direction, if it has one.
+
+    ``close``: the difference that decides it is within its spread over the seeds.
+    """
 
     measured: str
     same: bool | None
     where: str
+    close: bool = False
 
 
 NOTHING = "Nothing measured yet."
@@ -166,7 +170,7 @@ def decoder() -> str:
 SPA_JOBS = {
     "zero-shot": "zero-shot prompt",
     "one-shot": "one-shot prompt",
-    "s3": "S3 (LST): the side network alone",
+    "s3": "S3 (LST): the side network alone, of S2's fit, whose gate has 15 % of the data",
     "s2": "S2: one or the other",
     "spa": "SPA, threshold for the wanted usage",
     "spa, no budget": "SPA, threshold 1/2",

@@ -60,7 +60,7 @@ Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 (verify found a difference), 2 (a mistake), 130 (interrupted)."""
     made = lambda: COMMANDS | {"fit": _fit_from("full"), "generate": _generate_with()}  # noqa: E731
-    return run_command(argv, HELP, COMMANDS, _run, prog="mlfs", functions=made, trains=("fit",))
+    return run_command(argv, HELP, COMMANDS, _run, prog="mlfs", functions=made, trains=("fit", "palette"))
 
 
 def _run(command: str, args: list[str]) -> int:

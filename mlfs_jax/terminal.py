@@ -38,7 +38,7 @@ def run_command(
         commands: their names are offered where an unknown one is asked for.
         prog: name of the program.
         functions: what each command calls, for the shell's completion (``--print-completion SHELL``).
-        trains: commands that a process of their own keeps freed memory for.
+        trains: commands that run networks for long, or time them: in a process of their own freed memory is kept.
     """
     alone = argv is None
     argv = list(sys.argv[1:] if argv is None else argv)

@@ -29,6 +29,7 @@ from rich.console import Console
 from mlfs_jax.backbone.tree import STACKED, flatten, map_named
 from mlfs_jax.data.batches import BUCKETS, Batches
 from mlfs_jax.data.encode import Encoded, fingerprint
+from mlfs_jax.data.tokenizer import load_tokenizer, prefix_of
 from mlfs_jax.distill import DistillConfig
 from mlfs_jax.errors import ConfigError
 from mlfs_jax.fit_config import from_anywhere
@@ -187,12 +188,19 @@ def _loss(config: BaselineConfig, model: Model, params: Mapping, base, batch: Ma
 
 @dataclass(frozen=True)
 class Baseline:
-    """A finished baseline: a model that writes, and what it puts in front of every prompt."""
+    """A finished baseline: a model that writes, and what it puts in front of every prompt.
+
+    Attributes:
+        prefix: token ids before a prompt's; an end of text there would make the model forget the example.
+        one_line: what it writes ends at the first line break: of prompting, which has not learnt to end a text, where
+            no completion of the training data has one.
+    """
 
     config: BaselineConfig
     model: Model
     prefix: tuple[int, ...] = ()
     params: int = 0
+    one_line: bool = False
 
 
 def fit_baseline(
@@ -255,7 +263,9 @@ def _leaves(tree) -> list:
 
 def _assemble(config: BaselineConfig, model: Model, train: Encoded, run: Run) -> Baseline:
     if not config.trains:
-        return Baseline(config, model, one_shot_prefix(train) if config.method == "one-shot" else ())
+        tokenizer = load_tokenizer(model.source)
+        prefix = one_shot_prefix(train, tokenizer) if config.method == "one-shot" else ()
+        return Baseline(config, model, prefix, one_line=_one_line(train, tokenizer))
     template = jax.eval_shape(lambda: init_params(config, model))
     saved = safetensors.load_file(run.path / WEIGHTS)
     names = [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in _leaves(template)]
@@ -275,7 +285,14 @@ def load_baseline(path: str | Path, *, model: Model | None = None) -> Baseline:
     return _assemble(config, model, train, run)
 
 
-def one_shot_prefix(train: Encoded) -> tuple[int, ...]:
-    """The training example of median length, its end-of-text token included: what stands before every prompt."""
+def one_shot_prefix(train: Encoded, tokenizer) -> tuple[int, ...]:
+    """The training example of median length and a blank line: what stands before every prompt."""
     row = int(np.argsort(train.lengths, kind="stable")[len(train) // 2])
-    return tuple(int(t) for t in train.ids[train.offsets[row] : train.offsets[row + 1]])
+    text = tokenizer.decode(train.ids[train.offsets[row] : train.offsets[row + 1]].tolist())
+    return (*prefix_of(tokenizer), *tokenizer.encode(text.strip() + "\n\n", add_special_tokens=False).ids)
+
+
+def _one_line(train: Encoded, tokenizer) -> bool:
+    rows = zip(train.offsets[:-1] + train.starts, train.offsets[1:], strict=True)
+    texts = tokenizer.decode_batch([train.ids[start:end].tolist() for start, end in rows])
+    return not any("\n" in text.strip() for text in texts)

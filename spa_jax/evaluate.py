@@ -9,6 +9,7 @@ import numpy as np
 
 from mlfs_jax.data.batches import prompt_batches
 from mlfs_jax.data.encode import Encoded, load_tokenizer
+from mlfs_jax.data.tokenizer import prefix_of
 from mlfs_jax.errors import ConfigError, unknown
 from mlfs_jax.generate import GenerateConfig
 from mlfs_jax.generate import generate as generate_base
@@ -67,7 +68,9 @@ def evaluate_plugin(
     return scores | rates(np.concatenate(sigma), np.concatenate(differs))
 
 
-def _complete(write: Callable, model: Model, encoded: Encoded, beams: int, batch_size: int, advance) -> dict:
+def _complete(
+    write: Callable, model: Model, encoded: Encoded, beams: int, batch_size: int, advance, *, one_line: bool = False
+) -> dict:
     """Rouge of what ``write(prompts, config, how many of them are no filling)`` writes, and how many tokens it is."""
     texts, references, count = [], [], 0
     tokenizer = load_tokenizer(model.source)
@@ -76,7 +79,8 @@ def _complete(write: Callable, model: Model, encoded: Encoded, beams: int, batch
     for i, (batch, wanted) in enumerate(batches):
         advance(f"batch {i + 1} of {len(batches)}")
         found = write(as_rows(batch), config, len(wanted))[: len(wanted)]
-        texts += [tokenizer.decode(tokens).strip() for tokens in found]
+        written = [tokenizer.decode(tokens).strip() for tokens in found]
+        texts += [text.split("\n")[0].strip() for text in written] if one_line else written
         references += wanted
         count += sum(map(len, found))
     return {**rouge(texts, references), "tokens": count}
@@ -91,11 +95,12 @@ def evaluate_baseline(
     advance: Callable[[str], None] = lambda doing: None,
 ) -> dict[str, float]:
     """The Rouge scores of :func:`evaluate_plugin` for a baseline."""
+    begins = len(prefix_of(load_tokenizer(baseline.model.source))) if baseline.prefix else 0  # the prefix has that
 
     def write(rows: list[list[int]], config: GenerateConfig, real: int) -> list[list[int]]:
-        return generate_base(baseline.model, [[*baseline.prefix, *row] for row in rows], config).tokens
+        return generate_base(baseline.model, [[*baseline.prefix, *row[begins:]] for row in rows], config).tokens
 
-    return _complete(write, baseline.model, encoded, beams, batch_size, advance)
+    return _complete(write, baseline.model, encoded, beams, batch_size, advance, one_line=baseline.one_line)
 
 
 def evaluate_run(

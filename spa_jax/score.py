@@ -15,13 +15,11 @@ from mlfs_jax.data.encoded import Encoded
 from mlfs_jax.hosts import to_host
 from mlfs_jax.model import Model, apply_head
 from mlfs_jax.sharding import beside
-from mlfs_jax.vocab import cross_entropy
+from mlfs_jax.vocab import CHUNK, cross_entropy
 from spa_jax.gate import gate_probability
 from spa_jax.model import cloud_step, mix
 from spa_jax.seam import Setting
 from spa_jax.side import Side, device_step
-
-CHUNK = 256
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class SideConfig:
         memory: what the side network remembers of tokens that the gate kept in the cloud. "stateless": it has no
             memory at all (a plugin). "lazy": their activations follow with the next token that needs the side
             network, which then computes exactly what it would have, had it seen all at once. "sparse": they are
-            never sent; it attends to the positions it saw.
+            never sent; it attends to the positions it saw. Its gate and calibration are fitted as if it had seen all.
         order: of a plugin's blocks, "serial" or "parallel".
     """
 

@@ -1,6 +1,7 @@
 """Baselines: adapters change nothing at first, count what they should, learn, and come back from their folders."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from rich.console import Console
 from mlfs_jax.backbone.quantised import Quantised
 from mlfs_jax.backbone.tree import flatten
 from mlfs_jax.data.batches import eval_batches
+from mlfs_jax.data.tokenizer import load_tokenizer
 from mlfs_jax.errors import ConfigError, RunError
 from mlfs_jax.lora import init_lora
 from mlfs_jax.model import forward
@@ -119,7 +121,13 @@ def test_baselines_learn_and_come_back(config, tmp_path, tiny_lm):
 
 def test_one_shot_puts_an_example_before_the_prompt(config, tmp_path):
     one = fit_baseline(dataclasses.replace(config, method="one-shot"), tmp_path / "one", console=QUIET)
-    assert one.prefix[-1] == 2 and len(one.prefix) >= 4  # a whole example, its end-of-text too
+    train = config.fit_config.load_data(config.fit_config.get_task(), one.model)["train"]
+    tokenizer = load_tokenizer(one.model.source)
+    examples = [tokenizer.decode(train.ids[a:b].tolist()) for a, b in itertools.pairwise(train.offsets)]
+    shown = tokenizer.decode(list(one.prefix), skip_special_tokens=False)
+    assert shown.strip() in {text.strip() for text in examples}  # a whole example, and no end of text behind it
+    assert not {*one.prefix} & {*one.model.decoder.eos_token_ids, 2}
+    assert one.one_line  # no completion of the task has a line break
     assert load_baseline(tmp_path / "one").prefix == one.prefix
     with pytest.raises(RunError, match="method"):
         fit_baseline(dataclasses.replace(config, method="zero-shot"), tmp_path / "one", console=QUIET)
