@@ -109,7 +109,7 @@ def choices(subnets: tuple[str, ...], metric: str, names: dict[str, str]) -> Fin
         values = {arm: [sign * score[subnet][metric] for score in scores] for arm, scores in arms.items()}
         means = [statistics.mean(v) for v in values.values()]
         same &= means[0] >= means[1]
-        close |= _within_spread(*values.values())
+        close |= _within_spread(*[*values.values()][:2])
         shown = (f"{names[arm]} {mean_and_spread([sign * x for x in v], accuracy)}" for arm, v in values.items())
         told.append(f"{subnet}: {', '.join(shown)}")
     return Finding(f"{metric}, {'; '.join(told)}", same, where([r for r in runs if r["arm"] in names]), close)

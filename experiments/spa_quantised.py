@@ -1,6 +1,6 @@
 """What a base in 8 or 4 bits saves, and what it costs: bytes of a training step, and the loss before and after LoRA.
 
-    python experiments/spa_quantised.py             # SmolLM2-135M on wiki-description, 3 seeds; an hour on one core
+    python experiments/spa_quantised.py             # SmolLM2-135M on wiki-description, 3 seeds; 1.5 hours on one core
     python experiments/spa_quantised.py --report    # table and plot of what is there already
 
 Loss is in nats a token of 256 texts of the validation split, after so many steps of LoRA beside the frozen base. Bytes

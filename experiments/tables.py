@@ -204,11 +204,11 @@ def quantised() -> str:
         of = [run for run in runs if run["bits"] == bits]
         sizes = [f"{of[0]['bytes'][name] / 1e6:,.0f}" for name in ("layers", "lora", "side network")]
         loss = [mean_and_spread([run["loss"][name] for run in of], accuracy) for name in ("base", "lora")]
-        cells.append([str(bits), *sizes, *loss])
+        cells.append([str(bits), *sizes, *loss, str(len(of))])
     config = runs[0]["config"]
     columns = ("bits", "layers of the base [MB]", "LoRA step [MB]", "side network's step [MB]", "loss of the base")
-    columns += (f"after {config['steps']} steps of LoRA",)
-    return f"{config['model']} on {config['task']}, {where(runs)}.\n\n{markdown(columns, cells)}"
+    columns += (f"after {config['steps']} steps of LoRA", "seeds")
+    return f"{config['model']} on {config['task']}, {runs[0]['device']}.\n\n{markdown(columns, cells)}"
 
 
 def spa_gates() -> str:
