@@ -199,7 +199,7 @@ def test_a_failed_export_leaves_the_earlier_one(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("mlfs_jax.hf.export.save_file", full)
-    with pytest.raises(OSError):
+    with pytest.raises(RunError, match=r"could not be written: OSError: .*No space left"):
         export_hf(model, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
