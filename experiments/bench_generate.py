@@ -8,19 +8,13 @@ whole call (the prompts are read, too), medians over rounds, after one that comp
 
 from __future__ import annotations
 
-import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 from bench_lora import PEFT
-from peers import Worker, environment, pin, take_turns
-from pictures import bars
-from rich.console import Console
-from rich.table import Table
-
-from mlfs_jax.timing import device_name
+from peers import Worker, environment, pin, report, take_turns
 
 RESULT = Path(__file__).parent / "results" / "bench_generate.json"
 SMOLLM2 = {"vocab_size": 49152, "embed": 576, "layers": 30, "heads": 9, "kv_heads": 3, "mlp": 1536}
@@ -56,16 +50,8 @@ def main(options: Options) -> None:
             for side in sides.values():
                 side.step(seed=0, **case, **sizes)
             results[name] = take_turns(sides, [{"seed": i, **case, **sizes} for i in range(options.rounds)])
-    table = Table(title=f"{options.new} tokens behind {options.prompt}, SmolLM2-135M's shapes, one core")
-    for column in ("what", "side", "CPU-s", "share"):
-        table.add_column(column, justify="left" if column in ("what", "side") else "right")
-    for name, rows in results.items():
-        for side, row in rows.items():
-            table.add_row(name, side, f"{row['cpu_seconds']:.2f}", f"{row['share']:.2f}")
-    Console().print(table)
-    shares = {side: {name: rows[side]["share"] for name, rows in results.items()} for side in sides}
-    bars(RESULT, shares, "CPU-seconds, share of transformers'")
-    RESULT.write_text(json.dumps({"options": asdict(options), "cpu": device_name(), "results": results}, indent=1))
+    title = f"{options.new} tokens behind {options.prompt}, SmolLM2-135M's shapes, one core"
+    report(RESULT, title, options, results)
 
 
 if __name__ == "__main__":

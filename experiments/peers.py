@@ -87,23 +87,22 @@ def take_turns(sides: Mapping[str, Worker], tasks: Sequence[dict]) -> dict[str, 
 
 
 def report(file: Path, title: str, options: object, results: Mapping[str, dict[str, dict]]) -> None:
-    """A table of ``take_turns`` for each vocabulary, and the JSON and bar chart beside it."""
+    """A table of ``take_turns`` for each case (of a number: vocabulary), and the JSON and bar chart beside it."""
     table = Table(title=title)
-    for column in ("vocabulary", "step", "CPU-s", "share"):
-        table.add_column(column, justify="left" if column == "step" else "right")
-    for vocabulary, rows in results.items():
+    for column in ("case", "side", "CPU-s", "share"):
+        table.add_column(column, justify="left" if column in ("case", "side") else "right")
+    for case, rows in results.items():
         for name, row in rows.items():
-            table.add_row(vocabulary, name, f"{row['cpu_seconds']:.3f}", f"{row['share']:.2f}")
+            table.add_row(_said(case), name, f"{row['cpu_seconds']:.3f}", f"{row['share']:.2f}")
     Console().print(table)
-    draw(file, results)
+    names = next(iter(results.values()))  # the peer's first
+    shares = {name: {_said(case): rows[name]["share"] for case, rows in results.items()} for name in names}
+    bars(file, shares, f"CPU-seconds, share of {next(iter(names))}'s")
     file.write_text(json.dumps({"options": asdict(options), "cpu": device_name(), "results": results}, indent=1))
 
 
-def draw(file: Path, results: Mapping[str, dict[str, dict]]) -> None:
-    """The bar chart beside a result: CPU-seconds as shares of the peer's, which comes first."""
-    names = next(iter(results.values()))
-    shares = {name: {f"vocabulary {int(v):,}": rows[name]["share"] for v, rows in results.items()} for name in names}
-    bars(file, shares, f"CPU-seconds, share of {next(iter(names))}'s")
+def _said(case: str) -> str:
+    return f"vocabulary {int(case):,}" if case.isdecimal() else case
 
 
 def pin(cores: int = 1) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from mlfs_jax.backbone.quantised import BITS
+from mlfs_jax.backbone.quantised import check_bits
 from mlfs_jax.data.batches import BUCKETS
 from mlfs_jax.data.encode import Encoded, load_task
 from mlfs_jax.data.tasks import Task, get_task
@@ -112,8 +112,7 @@ class FitConfig:
             raise ConfigError(f"cache_gb = {self.cache_gb}: expected gigabytes, more than 0.")
         if not 0 < self.learning_rate < math.inf:
             raise ConfigError(f"learning_rate = {self.learning_rate}: expected a positive, finite number.")
-        if self.base_bits not in BITS:
-            raise ConfigError(f"base_bits = {self.base_bits}: expected 4, 8 or 32 (as it is).")
+        check_bits(self.base_bits)
         if self.user is not None and not self.user.strip():
             raise ConfigError("user is empty: name the user whose examples the plugin is made of, or leave user out.")
 

@@ -197,8 +197,7 @@ class Ladder(nnx.Module):
             weights, mu, tap, window, index = scanned
             h = mu * h + (1 - mu) * tap
             kv = None if stacks is None else (*stacks, index)
-            h, kv = nnx.merge(block_def, weights)(h, context, window, kv, {}, None)
-            return (h, kv if kv is None else kv[:2]), None
+            return nnx.merge(block_def, weights)(h, context, window, kv, {}, None), None
 
         scanned = (stacked, mu, frame.taps[1:], windows, np.arange(blocks.layers))
         start = frame.taps[0], None if cache is None else (cache.k, cache.v)

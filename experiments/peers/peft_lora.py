@@ -7,9 +7,10 @@ import json
 import sys
 import time
 
+import llama
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 SETUP = json.loads(sys.argv[1])
 SHAPE = SETUP["shape"]
@@ -17,16 +18,7 @@ SHAPE = SETUP["shape"]
 
 def main():
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=SHAPE["vocab_size"],
-        hidden_size=SHAPE["embed"],
-        num_hidden_layers=SHAPE["layers"],
-        num_attention_heads=SHAPE["heads"],
-        num_key_value_heads=SHAPE["heads"],
-        intermediate_size=SHAPE["mlp"],
-        max_position_embeddings=SETUP["length"],
-        tie_word_embeddings=True,
-    )
+    config = llama.config(SHAPE, max_position_embeddings=SETUP["length"])
     linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     lora = LoraConfig(r=8, lora_alpha=8, lora_dropout=0.0, target_modules=linear, task_type="CAUSAL_LM")
     model = get_peft_model(LlamaForCausalLM(config), lora)

@@ -8,8 +8,9 @@ import json
 import sys
 import time
 
+import llama
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 SETUP = json.loads(sys.argv[1])
 SHAPE = SETUP["shape"]
@@ -17,17 +18,7 @@ SHAPE = SETUP["shape"]
 
 def main():
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=SHAPE["vocab_size"],
-        hidden_size=SHAPE["embed"],
-        num_hidden_layers=SHAPE["layers"],
-        num_attention_heads=SHAPE["heads"],
-        num_key_value_heads=SHAPE["kv_heads"],
-        intermediate_size=SHAPE["mlp"],
-        tie_word_embeddings=True,
-        pad_token_id=0,
-    )
-    model = LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(llama.config(SHAPE, pad_token_id=0)).eval()
     print(json.dumps({"ready": torch.__version__, "threads": torch.get_num_threads()}), flush=True)
     for line in sys.stdin:
         task = json.loads(line)

@@ -7,7 +7,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from mlfs_jax.config import DecoderConfig
 
@@ -48,20 +48,12 @@ def init_cache(config: DecoderConfig, batch: int, capacity: int, dtype=jnp.float
     )
 
 
-def write(slots: Array, new: Array, at: Int[Array, " B"]) -> Array:
-    """``slots`` [B, S, ...] with ``new`` [B, T, ...] at slots at[b] .. at[b] + T - 1 of row b.
+def write(slots: Array, new: Shaped[Array, "B T ..."], at: Int[Array, " B"], *layer: Int[Array, ""]) -> Array:
+    """``slots`` [B, S, ...], or of one ``layer`` [L, B, S, ...], with ``new`` at slots at[b] .. at[b] + T - 1 of row b.
 
-    A write that does not fit is the caller's to refuse: XLA would move it back to the last T slots.
+    It is a scatter, which a loop over layers that carries all of them does in place. What does not fit is dropped: that
+    it fits is the caller's to see to.
     """
-    one_row = lambda row, value, i: jax.lax.dynamic_update_slice_in_dim(row, value.astype(row.dtype), i, 0)  # noqa: E731
-    return jax.vmap(one_row)(slots, new, at)
-
-
-def write_layer(
-    stack: Float[Array, "L B S ..."], layer: Int[Array, ""], new: Float[Array, "B T ..."], at: Int[Array, " B"]
-) -> Float[Array, "L B S ..."]:
-    """:func:`write` into one layer of a stack. It is a scatter, which a loop over layers that carries the stack does in
-    place; what does not fit is dropped."""
     rows, columns = jnp.arange(new.shape[0])[:, None], at[:, None] + jnp.arange(new.shape[1])
-    new = new.astype(stack.dtype)
-    return stack.at[layer, rows, columns].set(new, indices_are_sorted=True, unique_indices=True, mode="drop")
+    new = new.astype(slots.dtype)
+    return slots.at[*layer, rows, columns].set(new, indices_are_sorted=True, unique_indices=True, mode="drop")

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from mlfs_jax.backbone.attention import alibi_slopes, attention, rope_tables, rotate
-from mlfs_jax.backbone.cache import Cache, write, write_layer
+from mlfs_jax.backbone.cache import Cache, write
 from mlfs_jax.backbone.layers import ACTIVATIONS, Embed, Linear, Norm, check_context, real_tokens, weight
 from mlfs_jax.backbone.tree import Mask, Output, place_rows, under
 from mlfs_jax.config import DecoderConfig
@@ -58,8 +58,8 @@ class Context:
 class Attention(nnx.Module):
     """Queries, keys and values from the residual stream, ordinary (MHA, GQA, MQA) or latent (MLA).
 
-    Its ``kv`` is a cache's keys, its values, and which layer's this one's are: the whole stacks go from layer to layer,
-    so that each writes its tokens in place.
+    Its ``kv`` is a cache's keys, its values, and which layer's this one's are. The whole stacks go from layer to layer,
+    so that each writes its tokens in place; they are given back.
     """
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
@@ -107,9 +107,8 @@ class Attention(nnx.Module):
         q, k, v = (self._ordinary if config.latent is None else self._latent)(x, context.rope, window, lora, mask)
         if kv is not None:
             *stacks, layer = kv
-            stacks = [write_layer(s, layer, new, context.at) for s, new in zip(stacks, (k, v), strict=True)]
-            k, v = (jax.lax.dynamic_index_in_dim(s, layer, keepdims=False).astype(q.dtype) for s in stacks)
-            kv = (*stacks, layer)
+            kv = tuple(write(s, new, context.at, layer) for s, new in zip(stacks, (k, v), strict=True))
+            k, v = (jax.lax.dynamic_index_in_dim(s, layer, keepdims=False).astype(q.dtype) for s in kv)
         out = attention(
             q,
             k,
@@ -300,11 +299,11 @@ class Decoder(nnx.Module):
             kv = None if stacks is None else (*stacks, index)
             run = lambda x, kv: nnx.merge(block_def, weights)(x, context, window, kv, pairs, cut)  # noqa: E731
             if cut is None:
-                x, kv = run(x, kv)
+                x, stacks = run(x, kv)
             else:
-                x, kv = jax.lax.cond(cut.layers, run, lambda x, kv: (x, kv), x, kv)
+                x, stacks = jax.lax.cond(cut.layers, run, lambda x, kv: (x, kv and kv[:2]), x, kv)
             x = place_rows(x, rows)
-            return (x, kv if kv is None else kv[:2]), (x if taps else None)
+            return (x, stacks), (x if taps else None)
 
         if remat:
             layer = jax.checkpoint(layer, prevent_cse=False)

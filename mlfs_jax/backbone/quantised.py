@@ -23,7 +23,6 @@ from jaxtyping import Array, Float, Int
 from mlfs_jax.backbone.tree import STACKED, flatten, map_named
 from mlfs_jax.errors import ConfigError
 
-BITS = (4, 8, 32)
 GROUP = 64
 """Inputs that share a scale; a few less where they do not divide so."""
 
@@ -96,6 +95,12 @@ class Quantised:
         return jax.checkpoint(lambda x, kernel: jnp.tensordot(x, kernel[...], axes=axes))(x, self)
 
 
+def check_bits(bits: int) -> None:
+    """Raises ConfigError for a number of bits that :func:`quantise` does not know."""
+    if bits not in (4, 8, 32):
+        raise ConfigError(f"base_bits = {bits}: expected 4, 8 or 32 (as it is).")
+
+
 def quantise(base: nnx.State, bits: int) -> nnx.State:
     """The base with the kernels of its layers in 8 bits, symmetrically, or in 4 (NF4), one scale for 64 inputs.
 
@@ -108,8 +113,7 @@ def quantise(base: nnx.State, bits: int) -> nnx.State:
     Raises:
         ConfigError: another number of bits, or a base that lies on a mesh.
     """
-    if bits not in BITS:
-        raise ConfigError(f"base_bits = {bits}: expected 4, 8 or 32 (as it is).")
+    check_bits(bits)
     values = (leaf.get_value() for leaf in flatten(base).values())
     has = {value.bits for value in values if isinstance(value, Quantised)}
     if has - {bits}:
