@@ -133,10 +133,11 @@ def _of_each_task(judge: Callable[[list[dict]], tuple[str, bool | None, list[dic
     return find
 
 
-def jobs(names: dict[str, str], field: str, within: float | None = None) -> Callable:
+def jobs(names: dict[str, str], field: str, within: float | None = None, judged: bool = True) -> Callable:
     """A field of several jobs, in percent, in the order that the paper finds, for each task that has all of them.
 
     Of the seeds that all of them were run with; prompting has none. ``within``: the first two are to be as close.
+    ``judged``: the paper does find an order.
     """
 
     @_of_each_task
@@ -152,7 +153,7 @@ def jobs(names: dict[str, str], field: str, within: float | None = None) -> Call
         same = means == sorted(means, reverse=True) if within is None else means[0] - means[1] <= within
         told = ", ".join(f"{said} {mean_and_spread(values[name])}" for name, said in names.items())
         close = within is None and _within_spread(*values.values())
-        return told, same, [r for of in runs.values() for r in of], close
+        return told, same if judged else None, [r for of in runs.values() for r in of], close
 
     return find
 

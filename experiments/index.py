@@ -173,8 +173,19 @@ SPA = (
     ),
     Row(
         "Table 1, adapters",
-        "SPA beside LoRA and adapters of as many parameters, which ask the cloud at every layer",
-        "spa baseline --method lora --model smollm2-135m --task wiki-description --out runs/lora",
+        "LoRA and adapters of as many parameters, which ask the cloud at every layer (our notes have no figures)",
+        TABLES,
+        jobs(
+            {"spa": "SPA", "lora": "LoRA", "adapter": "adapters", "parallel-adapter": "parallel"},
+            "rougeL",
+            judged=False,
+        ),
+    ),
+    Row(
+        "Tables 1 and 3, all data",
+        "the same order, on all training examples, where the rows above are of 1,000",
+        TABLES,
+        jobs({"s1, all": "S1", "spa, all": "SPA", "s2, all": "S2", "s3, all": "LST", "one-shot": "one-shot"}, "rougeL"),
     ),
     Row(
         "Table 2, time on a network",

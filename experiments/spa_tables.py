@@ -3,9 +3,10 @@
 For each task and seed, over one frozen base (SmolLM2-135M; --preset paper: a model shaped like LLaMA-7B, on the paper's
 own data, for those who have them):
 
-* Table 1: one-shot prompting, LST (the side network alone), SPA                      Rouge-L
+* Table 1: one-shot prompting, LST (the side network alone), SPA, LoRA and adapters   Rouge-L
 * Table 3: S1 (f + g always), S2 (f or g), S3 (g alone), SPA (f + sigma g)            Rouge-1/2/L, usage
-* Tables 5, 6: small, medium and all data; the gate by itself (p >= 1/2), no budget   Rouge-L, usage
+* Tables 5, 6: small, medium and full data; the gate by itself (p >= 1/2), no budget  Rouge-L, usage
+* ours: Table 3 on all the training data that there is, where full is a part of it
 * Table 7: how often the two sides differ, and whom the gate then picks               diff, pick
 * Gates (ours): each way to train one over the same side network, at equal usage    pick, accuracy, loss
 * Figure 3: released plugins with their blocks in a row (serial) and side by side (parallel), and the ladder, by epoch
@@ -42,6 +43,7 @@ import mlfs_jax as mlfs
 import spa_jax as spa
 from mlfs_jax.data.batches import Batches
 from mlfs_jax.data.encode import fingerprint
+from mlfs_jax.evaluate import evaluate
 from mlfs_jax.model import Model
 from mlfs_jax.supernet import TrainState
 from mlfs_jax.timing import device_name
@@ -123,9 +125,10 @@ class Bench:
     runs: Path
     console: Console
 
-    def config(self, **changes) -> spa.FitConfig:
+    def config(self, size: int | None = None, **changes) -> spa.FitConfig:
+        """On ``size`` training examples, by default the preset's: as many epochs of them, in more or fewer steps."""
         p = self.preset
-        size = p.train or len(self.data["train"])
+        size = size or p.train or len(self.data["train"])
         config = spa.FitConfig(
             p.model,
             self.task,
@@ -134,11 +137,11 @@ class Bench:
             batch_size=p.batch_size,
             side=spa.SideConfig(every=p.every),
             cache_taps=p.cache,
-            cache_gb=p.cache_gb,
-            taps_folder=str(self.runs / self.task.replace("/", "-") / "taps") if p.cache == "disk" else None,
+            cache_gb=p.cache_gb * max(1.0, size / (p.train or size)),
+            taps_folder=str(self.runs / self.task.replace("/", "-") / f"taps-{size}") if p.cache == "disk" else None,
             max_length=p.max_length,
             buckets=p.buckets,
-            limit=p.train,
+            limit=size,
             calibration_examples=p.calibration,
             save_every=200,
         )
@@ -150,10 +153,10 @@ class Bench:
         test = self.data["test"]
         self.test = test if self.preset.test is None else test.subset(self.preset.test)
 
-    def fit(self, name: str, **changes) -> tuple[spa.Plugin, dict]:
+    def fit(self, name: str, size: int | None = None, **changes) -> tuple[spa.Plugin, dict]:
         """A plugin, trained or found in its folder, and what it does on the validation split."""
         out = self.runs / self.task.replace("/", "-") / str(self.seed) / name
-        fitted = spa.fit(self.config(**changes), out, model=self.model, console=self.console)
+        fitted = spa.fit(self.config(size, **changes), out, model=self.model, console=self.console)
         if fitted is None:
             raise KeyboardInterrupt
         return fitted.plugin, json.loads((out / "result.json").read_text())
@@ -163,29 +166,36 @@ class Bench:
         written = spa.evaluate_plugin(self.model, plugin, self.test, beams=self.preset.beams, batch_size=32, **how)
         return written | {"validation": validation}
 
-    def sized(self, share: float) -> dict:
-        """Changes for a share of the data: as many epochs, fewer steps."""
-        full = self.preset.train or len(self.data["train"])
-        size = round(share * full)
-        steps = max(20, round(0.85 * size) // self.preset.batch_size * self.preset.epochs)
-        cached = "off" if self.preset.cache == "off" else "ram"
-        return {"limit": size, "steps": steps, "cache_taps": cached, "taps_folder": None}
 
-
-def prompting(bench: Bench, method: str) -> dict:
-    config = bench.config()
-    baseline = spa.fit_baseline(
-        spa.BaselineConfig(method, config.model, config.task, limit=config.limit, max_length=config.max_length),
-        bench.runs / bench.task.replace("/", "-") / method,
+def baseline(bench: Bench, method: str) -> dict:
+    """Prompting; or what is trained inside the base, for one epoch: each step goes through the base both ways."""
+    like = bench.config()
+    shared = {name: getattr(like, name) for name in ("seed", "batch_size", "max_length", "buckets", "limit")}
+    steps = max(20, (like.limit or 0) // like.batch_size)
+    trained = spa.fit_baseline(
+        spa.BaselineConfig(method, like.model, like.task, steps=steps, **shared),
+        bench.runs / bench.task.replace("/", "-") / str(bench.seed) / method,
         model=bench.model,
         console=bench.console,
     )
-    return spa.evaluate_baseline(baseline, bench.test, beams=bench.preset.beams, batch_size=32)
+    if trained is None:
+        raise KeyboardInterrupt
+    found = spa.evaluate_baseline(trained, bench.test, beams=bench.preset.beams, batch_size=32)
+    if trained.config.trains:
+        held = bench.data["validation"].subset(bench.preset.calibration)
+        found["validation"] = {"params": trained.params, "loss": evaluate(trained.model, held, "perplexity")["loss"]}
+    return found
 
 
 def sized(bench: Bench, share: float) -> dict:
-    changes = bench.sized(share)
-    return bench.score(bench.fit(f"spa-{changes['limit']}", **changes), threshold=0.5)
+    size = round(share * (bench.preset.train or len(bench.data["train"])))
+    return bench.score(bench.fit(f"spa-{size}", size), threshold=0.5)
+
+
+def on_all(bench: Bench, setting: str, **how) -> dict:
+    """A setting on all training examples there are, where the preset's tables are of some."""
+    size = len(bench.data["train"])
+    return bench.score(bench.fit(f"{setting}-{size}", size, setting=setting), **how)
 
 
 def curve(bench: Bench, side: spa.SideConfig) -> dict:
@@ -271,8 +281,11 @@ GATES = {method: spa.GateConfig(method) for method in METHODS} | {
 
 # name -> what it measures; those of prompting have no seed
 JOBS: dict[str, Callable[[Bench], dict]] = {
-    "zero-shot": lambda b: prompting(b, "zero-shot"),
-    "one-shot": lambda b: prompting(b, "one-shot"),
+    "zero-shot": lambda b: baseline(b, "zero-shot"),
+    "one-shot": lambda b: baseline(b, "one-shot"),
+    "lora": lambda b: baseline(b, "lora"),
+    "adapter": lambda b: baseline(b, "adapter"),
+    "parallel-adapter": lambda b: baseline(b, "parallel-adapter"),
     "spa": lambda b: b.score(b.fit("spa")),
     "s1": lambda b: b.score(b.fit("spa"), setting="s1", threshold=0.0),
     "spa, no budget": lambda b: b.score(b.fit("spa"), threshold=0.5),
@@ -281,6 +294,11 @@ JOBS: dict[str, Callable[[Bench], dict]] = {
     "gates": gates,
     "spa, small": lambda b: sized(b, b.preset.small),
     "spa, medium": lambda b: sized(b, b.preset.medium),
+    "spa, all": lambda b: on_all(b, "spa"),
+    "s1, all": lambda b: on_all(b, "spa", setting="s1", threshold=0.0),
+    "spa, no budget, all": lambda b: on_all(b, "spa", threshold=0.5),
+    "s2, all": lambda b: on_all(b, "s2"),
+    "s3, all": lambda b: on_all(b, "s2", setting="s3", threshold=0.0),
     "serial": lambda b: curve(b, kind("serial", b)),
     "parallel": lambda b: curve(b, kind("parallel", b)),
     "ladder": lambda b: curve(b, spa.SideConfig(every=b.preset.every)),
@@ -289,9 +307,10 @@ SEEDLESS = ("zero-shot", "one-shot")
 
 
 TABLES = {
-    "Table 1: prompting, LST, SPA": (("zero-shot", "one-shot", "s3", "spa"), ("rougeL",)),
+    "Table 1": (("zero-shot", "one-shot", "s3", "spa", "lora", "adapter", "parallel-adapter"), ("rougeL",)),
     "Table 3: settings": (("s1", "s2", "s3", "spa"), ("rouge1", "rouge2", "rougeL", "usage")),
     "Tables 5 and 6: data; the gate at 1/2": (("spa, small", "spa, medium", "spa, no budget"), ("rougeL", "usage")),
+    "Table 3, all data": (("s1, all", "s2, all", "s3, all", "spa, all"), ("rouge1", "rouge2", "rougeL", "usage")),
     "Table 7: the two sides": (("spa", "spa, no budget", "s2"), ("diff", "pick", "usage")),
 }
 
@@ -373,6 +392,8 @@ def main(options: Options) -> None:
                 done = load_results(RESULTS).get(key)
                 asked = json.loads(json.dumps(dataclasses.asdict(preset)))
                 if (options.jobs and job not in options.jobs) or (done and done["asked"] == asked):
+                    continue
+                if job.endswith(", all") and preset.train is None:  # its own tables are of all of them
                     continue
                 bench = bench or Bench(preset, task, seed, model, runs, console)
                 console.print(f"[bold]{key}")

@@ -170,6 +170,9 @@ def decoder() -> str:
 SPA_JOBS = {
     "zero-shot": "zero-shot prompt",
     "one-shot": "one-shot prompt",
+    "lora": "LoRA, one epoch",
+    "adapter": "adapters (Houlsby), one epoch",
+    "parallel-adapter": "parallel adapters, one epoch",
     "s3": "S3 (LST): the side network alone, of S2's fit, whose gate has 15 % of the data",
     "s2": "S2: one or the other",
     "spa": "SPA, threshold for the wanted usage",
@@ -177,6 +180,11 @@ SPA_JOBS = {
     "spa, medium": "SPA, threshold 1/2, medium data",
     "spa, small": "SPA, threshold 1/2, small data",
     "s1": "S1: the side network at every token",
+    "s3, all": "S3 (LST), all training data",
+    "s2, all": "S2, all training data",
+    "spa, all": "SPA, all training data",
+    "spa, no budget, all": "SPA, threshold 1/2, all training data",
+    "s1, all": "S1, all training data",
 }
 
 
