@@ -13,6 +13,7 @@ own data, for those who have them):
 
     python experiments/spa_tables.py                         # 3 seeds x 2 tasks; hours on 2 cores
     python experiments/spa_tables.py --tasks wiki-description --seeds 0
+    python experiments/spa_tables.py --tasks wiki-description --jobs lora "spa, all"      # what only runs when named
     python experiments/spa_tables.py --preset h200           # all data, longer texts, for a GPU
     python experiments/spa_tables.py --report                # tables and pictures of what is there already
 
@@ -108,7 +109,7 @@ class Options:
     preset: Literal["cpu", "h200", "paper"] = "cpu"
     tasks: tuple[str, ...] = ()  # of the preset
     seeds: tuple[int, ...] = (0, 1, 2)
-    jobs: tuple[str, ...] = ()  # all
+    jobs: tuple[str, ...] = ()  # all but LoRA, adapters and those on all data
     model: str | None = None  # another than the preset's: a Hugging Face folder
     runs: Path = Path("runs/spa_tables")
     report: bool = False  # only print and plot what has been measured
@@ -192,10 +193,10 @@ def sized(bench: Bench, share: float) -> dict:
     return bench.score(bench.fit(f"spa-{size}", size), threshold=0.5)
 
 
-def on_all(bench: Bench, setting: str, **how) -> dict:
-    """A setting on all training examples there are, where the preset's tables are of some."""
+def on_all(bench: Bench, trained: str, **how) -> dict:
+    """A setting trained on all examples there are, where the preset's tables are of some."""
     size = len(bench.data["train"])
-    return bench.score(bench.fit(f"{setting}-{size}", size, setting=setting), **how)
+    return bench.score(bench.fit(f"{trained}-{size}", size, setting=trained), **how)
 
 
 def curve(bench: Bench, side: spa.SideConfig) -> dict:
@@ -304,6 +305,8 @@ JOBS: dict[str, Callable[[Bench], dict]] = {
     "ladder": lambda b: curve(b, spa.SideConfig(every=b.preset.every)),
 }
 SEEDLESS = ("zero-shot", "one-shot")
+LONG = ("lora", "adapter", "parallel-adapter", *(job for job in JOBS if job.endswith(", all")))
+"""Only when ``--jobs`` names them: hours more on two cores."""
 
 
 TABLES = {
@@ -384,6 +387,7 @@ def main(options: Options) -> None:
         return report(options.preset, preset.model, console)
     model = spa.FitConfig(preset.model, "wiki-description").load_model()
     runs = options.runs / run_key(options.preset, other)
+    wanted = options.jobs or [job for job in JOBS if job not in LONG]
     for seed in options.seeds:
         for task in options.tasks or preset.tasks:
             bench = None
@@ -391,7 +395,7 @@ def main(options: Options) -> None:
                 key = run_key(f"{options.preset}/{task}/{'any' if job in SEEDLESS else seed}/{job}", other)
                 done = load_results(RESULTS).get(key)
                 asked = json.loads(json.dumps(dataclasses.asdict(preset)))
-                if (options.jobs and job not in options.jobs) or (done and done["asked"] == asked):
+                if job not in wanted or (done and done["asked"] == asked):
                     continue
                 if job.endswith(", all") and preset.train is None:  # its own tables are of all of them
                     continue

@@ -331,7 +331,7 @@ def plan(
     model: str,
     mesh: str = "data=1",
     batch_size: int = 8,
-    length: int = 1024,
+    length: int | None = None,
     stage: Literal[0, 1, 2] = 0,
     rank: int = 8,
     random_subnets: int = 2,
@@ -347,7 +347,7 @@ def plan(
         model: a published shape such as llama-2-7b, a config.json or a folder with one, or a name of the catalogue.
         mesh: of as many devices as you like, e.g. data=2,fsdp=4,tensor=1: copies, split weights, split layers.
         batch_size: examples in a step, on all devices together.
-        length: tokens of an example.
+        length: tokens of an example; the default is 1024, or as many as the model has positions for.
         stage: 0 trains the maxnet (plain LoRA); 1 and 2 subnets beside it.
         rank: of the low-rank pairs.
         random_subnets: n of the sandwich rule: maxnet, minnet and n random subnets.
@@ -369,9 +369,10 @@ def plan(
         "random_subnets": random_subnets,
         "execution": execution,
     }
-    setting = Setting(mesh_sizes(mesh), FitConfig(model, "", **fields, dtype=dtype, remat=remat), length)
     limit = None if memory is None else parse_bytes(memory)
     config = config_of(model)
+    length = min(1024, config.context) if length is None else length
+    setting = Setting(mesh_sizes(mesh), FitConfig(model, "", **fields, dtype=dtype, remat=remat), length)
     use_virtual_devices(setting.devices)
     with spinner("compiling") as advance:
         planned, knobs = plan_and_turn(config, setting, stage, limit, advance)

@@ -20,6 +20,11 @@ def check_size(name: str, value: object) -> None:
         raise ConfigError(f"{name} = {value!r}: expected a whole number of at least 1.")
 
 
+def _check_eps(value: object) -> None:
+    if not isinstance(value, int | float) or not value >= 0:
+        raise ConfigError(f"norm_eps = {value!r}: expected a number of at least 0.")
+
+
 def _check_choice(config: object, field: str, choices: tuple[str, ...]) -> None:
     if (value := getattr(config, field)) not in choices:
         raise ConfigError(f"{field} = {value!r}: expected one of {', '.join(choices)}.")
@@ -69,6 +74,7 @@ class EncoderConfig:
         for field in SIZES:
             if field != "kv_heads":
                 check_size(field, getattr(self, field))
+        _check_eps(self.norm_eps)
         _check_choice(self, "head", ENCODER_HEADS)
         _check_choice(self, "problem", PROBLEMS)
         _check_choice(self, "activation", ACTIVATIONS)
@@ -262,6 +268,7 @@ class DecoderConfig:
             ("activation", ACTIVATIONS),
         ):
             _check_choice(self, field, choices)
+        _check_eps(self.norm_eps)
         if self.heads % self.kv_heads:
             raise ConfigError(
                 f"heads = {self.heads}, kv_heads = {self.kv_heads}: expected a whole number of query heads for each "

@@ -294,6 +294,7 @@ def measure(
 
     merged = fitted.merged
     models = {name: slice_subnet(merged, subnet) for name, subnet in chosen.items()}
+    del merged  # as large as the base
     calls: dict[str, dict[int, Callable[[], object]]] = {}
     for name, model in models.items():
         advance(f"compiling {name}")

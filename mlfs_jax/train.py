@@ -324,7 +324,7 @@ def _measure_order(fitted: Fitted, lora: Lora, train: Encoded) -> Order:
     model = fitted.model.replace(base=merge_lora(fitted.model.base, lora))
 
     def loss(base: nnx.State, batch) -> jax.Array:
-        out = forward(model.graphdef, base, batch, logits=not fitted.task.is_language)
+        out = forward(model.graphdef, base, batch, remat=config.remat, logits=not fitted.task.is_language)
         if fitted.task.is_language:
             return lm_loss(Hidden(model.graphdef, base, out.hidden), batch, frozen=False)
         return task_loss(out.logits, batch["labels"], model.config.problem)

@@ -63,6 +63,11 @@ class Task:
                 f"metric is {self.metric!r}; a {self.problem} task is measured by one of "
                 f"{', '.join(PROBLEM_METRICS[self.problem])}."
             )
+        if self.metric == "f1" and len(self.labels) != 2:
+            raise ConfigError(
+                f"metric is 'f1', which is of two classes (the second is the one looked for); {self.name} has "
+                f"{len(self.labels)}: take f1_macro."
+            )
         if self.problem == "seq2seq" and self.max_completion < 2:
             raise ConfigError(f"max_completion is {self.max_completion}; expected at least 2 tokens.")
 

@@ -80,7 +80,8 @@ def positions(config: dict) -> int:
     unbounded = 2048 if config.get("model_type") == "bloom" else 512  # ALiBi has no end; Bloom was trained to 2048
     rows = next((config[name] for name in names if config.get(name)), unbounded)
     roberta = config.get("model_type") in ("roberta", "xlm-roberta", "camembert")
-    return rows - (config.get("pad_token_id", 1) + 1 if roberta else 0)
+    pad = config.get("pad_token_id")
+    return rows - ((1 if pad is None else pad) + 1 if roberta else 0)
 
 
 class Specials(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -58,6 +59,11 @@ class GenerateConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
                 raise ConfigError(f"{name} = {value!r}: expected a whole number of at least {least}, below 2^31.")
+        try:
+            [operator.index(token) for token in (() if self.stop_tokens is None else self.stop_tokens)]
+        except TypeError:
+            expected = "expected ids, such as (2,), or None for the model's own."
+            raise ConfigError(f"stop_tokens = {self.stop_tokens!r}: {expected}") from None
         if not (self.temperature == 0 or SMALLEST <= self.temperature < math.inf):
             raise ConfigError(f"temperature = {self.temperature}: expected 0 (no sampling), or {SMALLEST} or more.")
         if not SMALLEST <= self.top_p <= 1:

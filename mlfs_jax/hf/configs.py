@@ -128,7 +128,7 @@ def _encoder(
     if head in ("sequence", "token"):
         values["labels"] = own_labels(hf) if labels is None else labels
     if head == "sequence":
-        values["problem"] = problem or _own_problem(hf)
+        values["problem"] = problem or _own_problem(hf, values["labels"])
     return EncoderConfig(
         family=family.name, head_dim=embed // heads, head=head, pooler=pooler and head == "none", **values
     )
@@ -139,8 +139,9 @@ def own_labels(hf: Mapping) -> int:
     return len(hf["id2label"]) if hf.get("id2label") else hf.get("num_labels") or 2
 
 
-def _own_problem(hf: Mapping) -> str:
-    problem = hf.get("problem_type") or "single_label_classification"
+def _own_problem(hf: Mapping, labels: int) -> str:
+    """As transformers takes it: one label is a score, where config.json does not say otherwise."""
+    problem = hf.get("problem_type") or ("regression" if labels == 1 else "single_label_classification")
     known = {"single_label_classification": "classification", "regression": "regression"}
     if problem not in known:
         raise ConfigError(

@@ -84,7 +84,9 @@ def read_rope(hf: Mapping, values: Mapping, *, partial: float | None = None, hea
     """
     if parameters is None:
         parameters = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
-        theta = hf.get("rope_theta", theta)
+        theta = theta if hf.get("rope_theta") is None else hf["rope_theta"]
+    if not isinstance(parameters, Mapping):
+        raise ConfigError(f"rope_parameters = {parameters!r} in config.json: expected an object.")
     get = lambda name, default=None: default if parameters.get(name) is None else parameters[name]  # noqa: E731
     kind = get("rope_type", get("type", "default"))
     if kind not in kinds:

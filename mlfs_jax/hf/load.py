@@ -24,6 +24,7 @@ from mlfs_jax.hf.configs import family_of, from_hf, own_labels
 from mlfs_jax.hf.gguf import gguf_in, prepare_folder, read_gguf
 from mlfs_jax.hf.gguf_file import open_gguf
 from mlfs_jax.hf.table import LEAVES, DecoderFamily, Family
+from mlfs_jax.hosts import to_host
 from mlfs_jax.model import Model, abstract, as_key, build, init_weights
 from mlfs_jax.registry import resolve_model
 
@@ -77,13 +78,13 @@ class _Tensor:
         return tuple(self.handle.get_slice(self.key).get_shape())
 
     def read(self, dtype: DTypeLike) -> np.ndarray:
-        value = self.handle.get_tensor(self.key)
-        if not jnp.issubdtype(value.dtype, jnp.floating):
+        holds = self.handle.get_slice(self.key).get_dtype()
+        if holds not in ("F16", "BF16", "F32", "F64"):
             raise CheckpointError(
-                f"{self.key} in {self.file} holds {value.dtype}: expected floating point weights; "
+                f"{self.key} in {self.file} holds {holds}: expected floating point weights of 16 bits or more; "
                 "quantised checkpoints are not read here."
             )
-        return value.astype(dtype)
+        return self.handle.get_tensor(self.key).astype(dtype)
 
 
 def from_pretrained(
@@ -223,7 +224,9 @@ def _with_ends(config: DecoderConfig, directory: Path) -> DecoderConfig:
     if not file.is_file():
         return config
     ends = read_config(file).get("eos_token_id")
-    ends = (ends,) if isinstance(ends, int) else tuple(ends or ())
+    ends = (ends,) if isinstance(ends, int) else ends or ()
+    if not (isinstance(ends, list | tuple) and all(isinstance(end, int) for end in ends)):
+        raise ConfigError(f"eos_token_id = {ends!r} in {file}: expected a token id, or a list of them.")
     return config.replace(eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *ends))))
 
 
@@ -250,9 +253,9 @@ def _open(directory: Path, family: Family, stack: ExitStack) -> tuple[dict[str, 
     elif (directory / INDEX).is_file():
         try:
             listed = json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
+            files = sorted({str(Path(file)) for file in listed.values()})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{directory / INDEX} has no readable weight_map: {error!r}.") from error
-        files = sorted(set(listed.values()))
     else:
         hint = f"expected {SINGLE} or {INDEX}."
         if any(directory.glob("pytorch_model*.bin")):
@@ -313,7 +316,7 @@ def _account(tensors, used, family, weights, head, directory) -> list[str]:
             continue
         if canonical in family.tied and head in ("mlm", "lm"):
             ours = weights.get(family.tied[canonical])
-            if ours is not None and not np.array_equal(tensor.read(ours.dtype), np.asarray(ours)):
+            if ours is not None and not np.array_equal(tensor.read(ours.dtype), to_host(ours)):
                 why = "an untied output layer is not built here."
                 if head == "lm":
                     why = "for a head of its own, config.json must say tie_word_embeddings = false."

@@ -364,6 +364,7 @@ def test_a_stream_whose_session_went_on_elsewhere_says_so(model):
         ({"temperature": 1.0, "top_p": 1e-40}, "top_p = 1e-40: expected a probability"),
         ({"temperature": 1.0, "top_k": 2**31}, r"top_k = 2147483648: .*below 2\^31"),
         ({"beams": True}, "beams = True: expected a whole number"),
+        ({"stop_tokens": 2}, r"stop_tokens = 2: expected ids, such as \(2,\)"),
         ({"temperature": 1.0, "top_k": -1}, "top_k = -1"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p = 0.0: expected a probability"),
         ({"temperature": 1.0, "top_p": 1.1}, "top_p = 1.1"),

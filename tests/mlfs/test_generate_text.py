@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from mlfs_jax.cli import main
-from mlfs_jax.errors import DataError
+from mlfs_jax.errors import ConfigError, DataError
 from mlfs_jax.generate import GenerateConfig, generate, generate_text, stream_text
 from mlfs_jax.generate.text import _decode
 from mlfs_jax.hf.export import export_hf
@@ -112,6 +112,10 @@ def test_a_chat_models_other_ends_are_in_generation_config(folder, tmp_path):
     (tmp_path / "chat" / "generation_config.json").write_text('{"eos_token_id": [2, 4]}')
     ends = from_pretrained(tmp_path / "chat").config.eos_token_ids
     assert ends == (2, 4)
+    (tmp_path / "chat" / "generation_config.json").write_text('{"eos_token_id": "x"}')
+    with pytest.raises(ConfigError, match="eos_token_id = 'x' in .*generation_config.json: expected a token id"):
+        from_pretrained(tmp_path / "chat")
+    (tmp_path / "chat" / "generation_config.json").write_text('{"eos_token_id": [2, 4]}')
     export_hf(from_pretrained(tmp_path / "chat"), tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == [2, 4]
 

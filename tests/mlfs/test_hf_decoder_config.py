@@ -81,6 +81,8 @@ def test_old_spellings_read_as_transformers_reads_them(hf):
         ("phi3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type = 'linear'"),
         ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "'linear' needs more"),
         ("llama", {"rope_parameters": {"rope_type": "default", "mrope_section": [1]}}, "mrope_section"),
+        ("llama", {"rope_parameters": "default"}, "rope_parameters = 'default'.*expected an object"),
+        ("llama", {"rms_norm_eps": "1e-5"}, "norm_eps = '1e-5': expected a number"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
         ("llama", {"hidden_act": "quick_gelu"}, "hidden_act = 'quick_gelu'"),
         ("gemma2", {"hidden_activation": "laplace"}, "hidden_activation = 'laplace'"),

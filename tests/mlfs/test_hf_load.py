@@ -243,7 +243,7 @@ class TestBadTensors:
 
     def test_not_floating_point(self, bert, tmp_path, tensors, shards):
         tensors[KEY] = tensors[KEY].astype(np.int8)
-        self.refuses(bert, tmp_path, tensors, shards, KEY, "int8")
+        self.refuses(bert, tmp_path, tensors, shards, KEY, "I8")
 
 
 def test_half_a_pooler_is_not_replaced_by_a_new_one(bert, tmp_path):
@@ -256,6 +256,26 @@ def test_half_a_pooler_is_not_replaced_by_a_new_one(bert, tmp_path):
     write(bert["none"], tmp_path, tensors)
     with pytest.raises(CheckpointError, match=r"lacks bert\.pooler\.dense\.weight"):
         load_checkpoint(tmp_path, head="sequence")
+
+
+def test_eight_bit_floats_are_quantised(bert, tmp_path):
+    tensors = load_file(bert["token"] / "model.safetensors")
+    write(bert["token"], tmp_path, tensors | {KEY: tensors[KEY].astype(np.int8)})
+    file = tmp_path / "model.safetensors"
+    raw = file.read_bytes()
+    end = 8 + int.from_bytes(raw[:8], "little")
+    header = raw[8:end].replace(b'"I8"', b'"F8_E4M3"')
+    file.write_bytes(len(header).to_bytes(8, "little") + header + raw[end:])
+    with pytest.raises(CheckpointError, match=f"{KEY} in model.safetensors holds F8_E4M3"):
+        load_checkpoint(tmp_path)
+
+
+def test_one_label_is_a_score_as_in_transformers(bert):
+    hf = json.loads((bert["sequence"] / "config.json").read_text())
+    one = hf | {"id2label": {"0": "score"}, "label2id": {"score": 0}, "problem_type": None}
+    assert from_hf(one).problem == "regression"
+    assert from_hf(one, labels=3).problem == from_hf(hf | {"problem_type": None}).problem == "classification"
+    assert to_hf(from_hf(one))["problem_type"] == "regression"
 
 
 def test_same_key_in_two_shards(bert, tmp_path):
@@ -284,9 +304,10 @@ def test_index_and_shards_must_agree(bert, tmp_path):
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(CheckpointError, match="model-00002-of-00002"):
         load_checkpoint(tmp_path)
-    index.write_text("{}")
-    with pytest.raises(CheckpointError, match="weight_map"):
-        load_checkpoint(tmp_path)
+    for broken in ("{}", '{"weight_map": [1]}', '{"weight_map": {"a": null}}'):
+        index.write_text(broken)
+        with pytest.raises(CheckpointError, match="weight_map"):
+            load_checkpoint(tmp_path)
 
 
 def test_files_that_are_not_there_or_not_whole(bert, tmp_path):
@@ -323,6 +344,7 @@ def test_files_that_are_not_there_or_not_whole(bert, tmp_path):
         ({"num_attention_heads": 7}, "not a multiple"),
         ({"num_attention_heads": 0}, "num_attention_heads = 0"),
         ({"hidden_size": "12"}, "hidden_size = '12'"),
+        ({"layer_norm_eps": "1e-5"}, "norm_eps = '1e-5'"),
         ({"architectures": ["BertForNextSentencePrediction"]}, "BertForNextSentencePrediction"),
         ({"architectures": None}, "head="),
         ({"problem_type": "multi_label_classification"}, "multi_label"),

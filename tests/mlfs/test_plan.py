@@ -108,6 +108,11 @@ def test_on_one_device_at_the_command_line(tiny_llama, capsys):
     assert told["parameters"] == sum(math.prod(leaf.shape) for leaf in flatten(abstract(config)[1]).values())
 
 
+def test_the_length_is_what_the_model_can_read(tiny_hf, capsys):
+    assert main(["plan", "--model", str(tiny_hf), "--batch-size", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["length"] == config_of(str(tiny_hf)).context < 1024
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [

@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 import mlfs_jax as mlfs
+from mlfs_jax import train
 from mlfs_jax.errors import ConfigError, DataError, RunError, UnknownNameError
 from mlfs_jax.evaluate import evaluate
 from mlfs_jax.lora import load_lora, save_lora
@@ -233,6 +234,17 @@ def test_a_run_needs_no_data_and_knows_when_they_have_changed(tiny_run, mood_tas
     (tiny_run / "task.json").unlink()  # a run of old: the data say what the task is
     with pytest.raises(DataError, match=r"mood\.jsonl"):
         mlfs.load_run(tiny_run)
+
+
+def test_importance_is_measured_as_the_steps_compute(tiny_run, monkeypatch):
+    fitted, asked = mlfs.load_run(tiny_run), []
+    plain = train._measure_order(fitted, fitted.stages[0], fitted.load_data()["train"])
+    forward = train.forward
+    monkeypatch.setattr(train, "forward", lambda *args, **how: (asked.append(how["remat"]), forward(*args, **how))[1])
+    again = dataclasses.replace(fitted, config=dataclasses.replace(fitted.config, remat=True))
+    order = train._measure_order(again, fitted.stages[0], fitted.load_data()["train"])
+    assert asked and all(asked)
+    assert order.to_json() == plain.to_json()
 
 
 def test_an_export_does_not_take_the_place_of_the_base(tiny_run, tmp_path):

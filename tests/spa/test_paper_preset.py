@@ -16,7 +16,7 @@ def test_tables(experiment, monkeypatch, tmp_path, tiny_lm, prompted_dir, task):
     smaller = {"train": 40, "test": 4, "calibration": 2, "epochs": 1, "batch_size": 8, "beams": 2}
     smaller |= {"max_length": 48, "buckets": (48,)}
     monkeypatch.setitem(script.PRESETS, "paper", dataclasses.replace(preset, **smaller))
-    jobs = ("one-shot", "lora", "spa", "s3", "gates", "spa, all")
+    jobs = ("one-shot", "lora", "spa", "s3", "gates", "s1, all")
     script.main(script.Options("paper", (task,), (0,), jobs, str(tiny_lm), tmp_path / "runs"))
     results = json.loads(script.RESULTS.read_text())
     assert {result["job"] for result in results.values()} == set(jobs)
