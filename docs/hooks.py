@@ -21,6 +21,11 @@ def on_files(files, config):
     return files
 
 
+def on_page_markdown(markdown, page, config, files):
+    """Links are as they are in the repository, where experiments/ lies beside docs/ and not in it."""
+    return re.sub(r"\]\(\.\./((?:\.\./)*experiments/)", r"](\1", markdown)
+
+
 def on_page_content(html, page, config, files):
     """Formulas as MathML, which browsers lay out by themselves; no names of roles before names in docstrings."""
 

@@ -11,33 +11,35 @@ from store import final_score, mean_and_spread
 from tables import Finding, accuracy, chosen, number, read, share, where
 
 
-def _within_spread(*ways: Sequence[float]) -> bool:
-    """Whether some neighbours differ, seed by seed, by less on average than their difference spreads over the seeds.
+def _ahead(first: Sequence[float], second: Sequence[float]) -> tuple[bool, bool]:
+    """Whether the first way is at least as good; and whether the two differ, seed by seed, by less on average than
+    their difference spreads over the seeds. A way without seeds (one value) stands beside each of the other's."""
+    ahead, seeds = statistics.mean(first) >= statistics.mean(second), max(len(first), len(second))
+    if {len(first), len(second)} - {1, seeds} or seeds < 2:
+        return ahead, False
+    both = zip(*(list(way) * (seeds if len(way) == 1 else 1) for way in (first, second)), strict=True)
+    differences = [a - b for a, b in both]
+    return ahead, abs(statistics.mean(differences)) <= statistics.stdev(differences)
 
-    A way without seeds (one value) stands beside each of the others'.
-    """
-    for first, second in pairwise(ways):
-        seeds = max(len(first), len(second))
-        if {len(first), len(second)} - {1, seeds} or seeds < 2:
-            continue
-        both = zip(*(list(way) * (seeds if len(way) == 1 else 1) for way in (first, second)), strict=True)
-        differences = [a - b for a, b in both]
-        if abs(statistics.mean(differences)) <= statistics.stdev(differences):
-            return True
-    return False
+
+def _verdict(each: Sequence[tuple[bool, bool]]) -> tuple[bool, bool]:
+    """Of several :func:`_ahead`: all of them; and close, for a yes if one is, for a no if all that speak against it
+    are."""
+    same = all(ahead for ahead, _ in each)
+    return same, any(close for _, close in each) if same else all(close for ahead, close in each if not ahead)
 
 
 # ------------------------------------------------------------------------------------------------------------- MLFS
 def encoder_pair(better: Callable[[dict], tuple[float, float]], names: tuple[str, str], slack: float) -> Finding | None:
     """Two scores of each run side by side, for each task; same: the second is at least the first, less ``slack``."""
     runs = [run for run in chosen("mlfs_encoder_palette") if "palette" in run and "baseline" in run]
-    told, same, close = [], True, False
+    told, each = [], []
     for task in dict.fromkeys(run["task"] for run in runs):
         first, second = zip(*(better(run) for run in runs if run["task"] == task), strict=True)
-        close |= _within_spread([x - slack for x in first], second)
+        each.append(_ahead(second, [x - slack for x in first]))
         scores = [mean_and_spread(x, accuracy) for x in (first, second)]
         told.append(f"{task}: {names[0]} {scores[0]}, {names[1]} {scores[1]}")
-        same &= statistics.mean(second) >= statistics.mean(first) - slack
+    same, close = _verdict(each)
     return Finding("; ".join(told), same, where(runs), close) if runs else None
 
 
@@ -104,14 +106,13 @@ def choices(subnets: tuple[str, ...], metric: str, names: dict[str, str]) -> Fin
     arms = {arm: [run["scores"] for run in runs if run["arm"] == arm] for arm in names}
     if not all(arms.values()):
         return None
-    told, same, close, sign = [], True, False, -1 if metric == "loss" else 1
+    told, each, sign = [], [], -1 if metric == "loss" else 1
     for subnet in subnets:
         values = {arm: [sign * score[subnet][metric] for score in scores] for arm, scores in arms.items()}
-        means = [statistics.mean(v) for v in values.values()]
-        same &= means[0] >= means[1]
-        close |= _within_spread(*[*values.values()][:2])
+        each.append(_ahead(*[*values.values()][:2]))
         shown = (f"{names[arm]} {mean_and_spread([sign * x for x in v], accuracy)}" for arm, v in values.items())
         told.append(f"{subnet}: {', '.join(shown)}")
+    same, close = _verdict(each)
     return Finding(f"{metric}, {'; '.join(told)}", same, where([r for r in runs if r["arm"] in names]), close)
 
 
@@ -121,14 +122,15 @@ def _of_each_task(judge: Callable[[list[dict]], tuple[str, bool | None, list[dic
     whether it is within the spread."""
 
     def find() -> Finding | None:
-        results, told, same, used, close = chosen("spa_tables"), [], [], [], False
+        results, told, each, used = chosen("spa_tables"), [], [], []
         for task in sorted({run["task"] for run in results}):
             if found := judge([run for run in results if run["task"] == task]):
                 told.append(f"{task}: {found[0]}")
-                same.append(found[1])
+                each.append((found[1], found[3]))
                 used += found[2]
-                close |= found[3]
-        return Finding("; ".join(told), None if None in same else all(same), where(used), close) if told else None
+        same, close = _verdict(each)
+        judged = None not in (one for one, _ in each)
+        return Finding("; ".join(told), same if judged else None, where(used), close) if told else None
 
     return find
 
@@ -149,10 +151,12 @@ def jobs(names: dict[str, str], field: str, within: float | None = None, judged:
             return None
         runs = {name: [r for r in of if r["seed"] in known] or of for name, of in runs.items()}
         values = {name: [100 * r[field] for r in of] for name, of in runs.items()}
-        means = [statistics.mean(v) for v in values.values()]
-        same = means == sorted(means, reverse=True) if within is None else means[0] - means[1] <= within
+        if within is None:
+            same, close = _verdict([_ahead(*pair) for pair in pairwise(values.values())])
+        else:
+            first, second = (statistics.mean(v) for v in [*values.values()][:2])
+            same, close = first - second <= within, False
         told = ", ".join(f"{said} {mean_and_spread(values[name])}" for name, said in names.items())
-        close = within is None and _within_spread(*values.values())
         return told, same if judged else None, [r for of in runs.values() for r in of], close
 
     return find

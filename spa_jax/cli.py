@@ -189,6 +189,11 @@ def evaluate(
         shown = (f"{result[c]}" if c == "tokens" else f"{100 * result[c]:.1f}" for c in columns)
         table.add_row(name, *shown)
     print_table(table)
+    if "usage" in columns:
+        print(
+            "Percent. usage: tokens that asked the side network; diff: tokens on which it would choose another one than"
+        )
+        print("the base; pick: of those, where the gate chose the side network.")
 
 
 def _draw_curve(run: Path, file: Path, split: str, beams: int, limit: int | None, batch_size: int, json: bool) -> None:

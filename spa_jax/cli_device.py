@@ -29,7 +29,8 @@ class DeviceOptions:
         stats: say what each answer cost.
         tokenizer: folder of the base's tokenizer; the default is where `spa fit` found it.
         cafile: PEM of the authority that signed the server's certificate, if it is your own.
-        head: where tokens are chosen when the side network is used; on the device nothing personal goes up.
+        head: where tokens are chosen when the side network is used; on the device the side network's states do not
+            go up, but the tokens that come of them do.
         base: where the head's weights are read from, for --head device; the default is what `spa fit` had.
         project: where activations are projected; the cloud must have what `spa publish` wrote.
         public_gate: leave the gate to the cloud, too, which must have it of `spa publish --gate`; none is sent.
@@ -132,17 +133,17 @@ class Kit:
 
 def _model_folder(plugin: Path) -> Path:
     """Of the base that a run was made with, for its tokenizer."""
-    from mlfs_jax.errors import RunError
+    from mlfs_jax.errors import DataError, RunError, UnknownNameError, first_line
     from mlfs_jax.hf.load import model_folder
     from mlfs_jax.run import Run
 
     try:
-        name = Run.open(plugin).config["model"]
-    except (RunError, KeyError):
+        return model_folder(Run.open(plugin).config["model"])
+    except (RunError, KeyError, UnknownNameError, DataError) as e:
         raise ConfigError(
-            f"{plugin} does not say what its base is: give --tokenizer FOLDER (and --base, for --head device)."
+            f"{plugin} does not say what its base is, or it is not here ({first_line(e)}): give --tokenizer FOLDER "
+            "(and --base, for --head device)."
         ) from None
-    return model_folder(name)
 
 
 def _head(plugin, options: DeviceOptions) -> dict | None:

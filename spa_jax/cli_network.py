@@ -23,10 +23,10 @@ HELP = """\
 """
 EXAMPLES = """\
   spa serve --model smollm2-135m --token-file secrets/token
-  spa chat --server ws://127.0.0.1:8765 --plugin runs/alice --token-file secrets/token
-  spa generate --server ws://127.0.0.1:8765 --plugin runs/alice --prompt "The Thames is" --stats
+  spa chat --server ws://127.0.0.1:8765 --plugin runs/spa --token-file secrets/token
+  spa generate --server ws://127.0.0.1:8765 --plugin runs/spa --token-file secrets/token --prompt "The Thames is"
   spa latency --rtt 5,20,80 --bandwidth 1,10,100 --jitter 0.1
-  spa calibrate runs/alice --budget "40 ms/token" --rtt 20 --bandwidth 10
+  spa calibrate runs/spa --budget "100 ms/token" --rtt 20 --bandwidth 10
 """
 
 
@@ -215,9 +215,10 @@ def calibrate(
     run: RunFolder,
     /,
     *,
-    budget: str,
-    rtt: float,
-    bandwidth: float,
+    budget: str | None = None,
+    rtt: float | None = None,
+    bandwidth: float | None = None,
+    usage: float | None = None,
     cloud_ms: float | None = None,
     device_ms: float | None = None,
     coding: Coding = "int8",
@@ -225,13 +226,14 @@ def calibrate(
     png: Path | None = None,
     json: Flag = False,
 ) -> None:
-    """Set a plugin's threshold so that a token takes no longer than a budget on a link; written to the plugin.
+    """Set a plugin's threshold, so that a token takes no longer than a budget on a link, or for a usage; written to it.
 
     Args:
         run: folder of a finished `spa fit`.
         budget: ms a token, like "40 ms/token".
         rtt: of the link, ms.
         bandwidth: of the link, megabytes a second.
+        usage: instead of those three: the share of tokens that are to use the side network.
         cloud_ms: of the cloud's part of a token; the default is measured here.
         device_ms: of the device's part of a gated token; the default is measured here.
         coding: of the frames.
@@ -246,9 +248,18 @@ def calibrate(
 
     check_times(cloud_ms, device_ms)
     check_picture(png)
-    plugin, link, wanted = load_plugin(run), Link(rtt, bandwidth), budget_ms(budget)
+    plugin = load_plugin(run)
     if not plugin.setting.gated:
         raise ConfigError(f"{run} is a plugin of the setting {plugin.setting}: it has no gate to calibrate.")
+    if usage is not None:
+        if (budget, rtt, bandwidth, png) != (None, None, None, None):
+            raise ConfigError("--usage sets the threshold by itself: leave --budget, --rtt, --bandwidth and --png out.")
+        threshold = plugin.threshold_for(usage)
+        save_plugin(run, plugin.replace(threshold=threshold, usage=usage))
+        return print_json({"usage": usage, "threshold": threshold}) if json else print(f"threshold {threshold:.4g}")
+    if budget is None or rtt is None or bandwidth is None:
+        raise ConfigError("give --budget, --rtt and --bandwidth; or --usage alone.")
+    link, wanted = Link(rtt, bandwidth), budget_ms(budget)
     if cloud_ms is None or device_ms is None:
         from spa_jax.latency import constants
         from spa_jax.train import load_run
@@ -264,6 +275,13 @@ def calibrate(
     down_ms = link.exchange_ms(spa.down) - link.exchange_ms(0) if lazy else 0.0
     exchange = device_ms + link.exchange_ms(spa.up if lazy else spa.down + spa.up)
     left = wanted - cloud_ms - down_ms
+    if left < 0:
+        slow = cloud_ms > wanted
+        alone = "the cloud alone takes" if slow else "the cloud, with the activations that it sends down, takes"
+        raise ConfigError(
+            f"budget = {wanted:g} ms a token: {alone} {cloud_ms if slow else cloud_ms + down_ms:.3g} ms, so the side "
+            "network could never be used. The plugin is as it was; give a larger budget."
+        )
     usage = min(max(left / exchange, 0.0), 1.0) if exchange else float(left >= 0)
     cost = lambda usage: cloud_ms + (down_ms + usage * exchange if usage else 0.0)  # noqa: E731
     threshold = plugin.threshold_for(usage)
@@ -283,9 +301,6 @@ def calibrate(
         return
     for name, value in result.items():
         print(f"{name:14} {value:.4g}")
-    if cloud_ms + down_ms > wanted:
-        alone = "the cloud alone" if cloud_ms > wanted else "the cloud, with the activations that it sends down,"
-        print(f"{alone} takes longer than the budget: the side network will not be used")
 
 
 def publish(

@@ -213,7 +213,7 @@ class Cloud:
         if not self._knows_token(request):
             self.metrics.add("errors_total", code="auth")
             log("refused", code="auth")
-            text = "auth: no token, or a wrong one; send the server's as `Authorization: Bearer ...`.\n"
+            text = "auth: no token, or a wrong one; send the server's (--token-file), as `Authorization: Bearer ...`.\n"
             return connection.respond(HTTPStatus.UNAUTHORIZED, text)
         if request.path == "/metrics":
             return connection.respond(HTTPStatus.OK, self.metrics.text())

@@ -31,7 +31,9 @@ class GateConfig:
         usage: share of held-out tokens that the threshold lets through.
         share: of the training examples, held back from the side network for the gate to learn on: on those that the
             side network knows by heart it would be trusted too much.
-        steps, learning_rate, decay: of Adam on all tokens at once; decay is the L2 penalty of the standardised weights.
+        steps: of Adam, each on all tokens at once.
+        learning_rate: of Adam.
+        decay: the L2 penalty of the standardised weights.
         bank: tokens that a similarity gate compares with.
     """
 

@@ -49,6 +49,13 @@ def of(language: str) -> dict[str, list[str]]:
     return pages
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_to_files(page):
+    links = re.findall(r"\]\(([^)\s#]+)[^)\s]*\)", page.read_text(encoding="utf-8"))
+    dead = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert not dead
+
+
 def test_every_block_says_what_it_is():
     """Text is for pictures and what programs print; all else is tried below."""
     assert {(b.page, b.language) for b in BLOCKS if b.language not in ("python", "bash", "json", "text")} == set()

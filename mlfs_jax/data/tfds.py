@@ -39,7 +39,7 @@ def open_dataset(
         first = (str(e).strip().splitlines() or [""])[0]
         raise DownloadError(
             f"tensorflow-datasets could not load {name!r}: {type(e).__name__}: {first} Check the network, "
-            "or put the prepared data set (array_record files) under data_dir."
+            "or put the prepared data set (array_record files) under data_dir, or $TFDS_DATA_DIR."
         ) from e
     if not sources:
         raise DownloadError(f"tensorflow-datasets has no prepared {name!r}.")

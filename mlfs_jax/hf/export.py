@@ -190,6 +190,7 @@ def _write_weights(folder: Path, config: Config, weights: dict[str, np.ndarray],
         turned = {n: slots[n].to_theirs(weights) for n in {n for n, _ in shard}}
         tensors = {slots[n].keys[i]: turned[n][i] for n, i in shard}
         save_file(tensors, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o644)  # save_file's own is for this user only
         weight_map |= dict.fromkeys(tensors, file)
     if many:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}

@@ -73,7 +73,7 @@ def test_unknown_task_offers_the_nearest():
     with pytest.raises(UnknownNameError, match="metric"):
         get_task("movie", metric="acuracy")
     assert get_task("movie", metric="f1", max_length=32).max_length == 32
-    with pytest.raises(ConfigError, match="'f1', which is of two classes .* wiki-topic has 11: take f1_macro"):
+    with pytest.raises(ConfigError, match=r"'f1', which is of two classes .* wiki-topic has 11: take f1_macro"):
         get_task("wiki-topic", metric="f1")
 
 

@@ -113,7 +113,7 @@ def test_a_chat_models_other_ends_are_in_generation_config(folder, tmp_path):
     ends = from_pretrained(tmp_path / "chat").config.eos_token_ids
     assert ends == (2, 4)
     (tmp_path / "chat" / "generation_config.json").write_text('{"eos_token_id": "x"}')
-    with pytest.raises(ConfigError, match="eos_token_id = 'x' in .*generation_config.json: expected a token id"):
+    with pytest.raises(ConfigError, match=r"eos_token_id = 'x' in .*generation_config\.json: expected a token id"):
         from_pretrained(tmp_path / "chat")
     (tmp_path / "chat" / "generation_config.json").write_text('{"eos_token_id": [2, 4]}')
     export_hf(from_pretrained(tmp_path / "chat"), tmp_path / "out")

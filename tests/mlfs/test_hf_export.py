@@ -147,6 +147,7 @@ def test_shards_tokenizer_card_and_labels(tmp_path):
         card="## Results\n\n| accuracy | 0.9 |",
     )
     assert set(report.files) == {p.name for p in report.directory.iterdir()}
+    assert {oct(p.stat().st_mode & 0o777) for p in report.directory.iterdir()} == {"0o644"}  # a server reads them, too
     assert {"tokenizer.json", "vocab.txt", "model.safetensors.index.json"} <= set(report.files)
     assert report.sliced == {"heads": (3, 2), "mlp": (22, 11)} and report.padded == {"heads": (2, 3)}
     shards = sorted(report.directory.glob("model-*.safetensors"))

@@ -174,12 +174,12 @@ def test_serve_refuses(tiny_lm, tmp_path, capsys):
 
 def test_calibrate_writes_the_plugin(plugin, capsys):
     times = ["--cloud-ms", "20", "--device-ms", "5", "--rtt", "15", "--bandwidth", "1000"]
-    for budget, usage in (("30 ms/token", 0.5), ("21", 0.05), ("500", 1.0), ("10ms", 0.0)):
+    for budget, usage in (("30 ms/token", 0.5), ("21", 0.05), ("500 ms", 1.0)):
         assert main(["calibrate", str(plugin), "--budget", budget, *times, "--json"]) == 0
         found, saved = json.loads(capsys.readouterr().out), load_plugin(plugin)
         assert found["usage"] == saved.usage == pytest.approx(usage, abs=0.01)
         assert saved.threshold == found["threshold"]
-        assert saved.threshold == (0.0 if usage == 1 else 2.0 if usage == 0 else pytest.approx(1 - usage, abs=0.01))
+        assert saved.threshold == (0.0 if usage == 1 else pytest.approx(1 - usage, abs=0.01))
     for flags, expected in (
         ("--cloud-ms=-50", "cloud-ms = -50.0: expected ms"),
         ("--device-ms=nan", "device-ms = nan"),
@@ -190,11 +190,25 @@ def test_calibrate_writes_the_plugin(plugin, capsys):
     assert main(["calibrate", str(plugin), "--budget", "30", *free]) == 0
     assert json.loads(capsys.readouterr().out)["usage"] == 1
     picture = plugin / "budget.png"
-    assert main(["calibrate", str(plugin), "--budget", "10", *times, "--png", str(picture)]) == 0
+    assert main(["calibrate", str(plugin), "--budget", "25", *times, "--png", str(picture)]) == 0
     assert picture.read_bytes()[:4] == b"\x89PNG"
-    assert "the cloud alone takes longer than the budget" in capsys.readouterr().out
+    before = load_plugin(plugin).threshold
+    for flags, expected in (
+        (["--budget", "10", *times], "the cloud alone takes 20 ms, so the side network could never be used"),
+        (["--usage", "0.5", *times], "leave --budget, --rtt, --bandwidth and --png out"),
+        (["--usage", "1.5"], "usage = 1.5"),
+        (["--budget", "10"], "give --budget, --rtt and --bandwidth; or --usage alone"),
+    ):
+        assert main(["calibrate", str(plugin), *flags]) == 2
+        assert expected in capsys.readouterr().err and load_plugin(plugin).threshold == before
+    assert main(["calibrate", str(plugin), "--usage", "0.25", "--json"]) == 0
+    assert (
+        json.loads(capsys.readouterr().out)["threshold"]
+        == load_plugin(plugin).threshold
+        == pytest.approx(0.75, abs=0.01)
+    )
     save_plugin(plugin, load_plugin(plugin).replace(setting=Setting.S1))
-    assert main(["calibrate", str(plugin), "--budget", "10", *times]) == 2
+    assert main(["calibrate", str(plugin), "--budget", "30", *times]) == 2
     assert "it has no gate to calibrate" in capsys.readouterr().err
 
 
