@@ -183,6 +183,7 @@ SPA_JOBS = {
     "s3, all": "S3 (LST), all training data",
     "s2, all": "S2, all training data",
     "spa, all": "SPA, all training data",
+    "spa, priced, all": "SPA, a gate by likelihood with a price of 0.4, all training data",
     "spa, no budget, all": "SPA, threshold 1/2, all training data",
     "s1, all": "S1, all training data",
 }
