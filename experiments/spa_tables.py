@@ -380,16 +380,17 @@ def report(preset: str, model: str, console: Console) -> None:
             console.print(table)
         print_gates(task, of("gates"), console)
         panel = panels[0][column]
-        for job, marker in (("s1", "s"), ("s3", "v"), ("s2", "D"), ("spa", "o"), ("spa, no budget", "P")):
-            runs = of(job)
-            if runs:
-                usage = [100 * r["usage"] for r in runs]
-                panel.scatter(usage, [100 * r["rougeL"] for r in runs], marker=marker, label=job)
-        for job, style in (("zero-shot", ":"), ("one-shot", "--")):
+        markers = (("s1", "s"), ("s3", "v"), ("s2", "D"), ("spa", "o"), ("spa, no budget", "P"), ("spa, priced", "X"))
+        for colour, (job, marker) in zip(plt.rcParams["axes.prop_cycle"].by_key()["color"], markers, strict=False):
+            for runs, label, filled in ((of(job), job, "full"), (of(f"{job}, all"), f"{job}, all data", "none")):
+                if runs:
+                    x, y = ([100 * r[name] for r in runs] for name in ("usage", "rougeL"))
+                    panel.plot(x, y, marker, color=colour, fillstyle=filled, label=label)
+        for job, style in (("zero-shot", ":"), ("one-shot", "--"), ("lora", "-.")):
             for run in of(job)[:1]:
                 panel.axhline(100 * run["rougeL"], ls=style, color="tab:gray", label=job)
         panel.set(title=task, xlabel="tokens with the side network, %", ylabel="Rouge-L, test")
-        panel.legend(fontsize=8)
+        panel.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.14))  # over no point
         panel = panels[1][column]
         for job in ("serial", "parallel", "ladder"):
             if runs := of(job):
