@@ -128,7 +128,7 @@ def test_joined_tensors_are_as_strict_as_others(family, key, folders, tmp_path):
     for change, words in (
         ({key: tensors[key][:-1].copy()}, ("has shape", str(tensors[key].shape))),
         ({key + "x": tensors[key].copy()}, ("no " + family,)),
-        ({key: tensors[key].astype(np.int8)}, ("int8",)),
+        ({key: tensors[key].astype(np.int8)}, ("holds I8",)),
     ):
         with pytest.raises(CheckpointError) as error:
             load_checkpoint(changed(folders(family), tmp_path, tensors | change))
