@@ -29,7 +29,8 @@ from mlfs_jax.errors import DataError, DownloadError, unknown
 __all__ = ["ENTRIES", "Entry", "cache_dir", "fetch", "get_entry", "is_whole", "resolve_model"]
 
 MANIFEST = "manifest.json"
-HF_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")  # all that a model folder needs; no pickles
+TEXT_FILES = ("*.json", "*.txt", "*.model", "*.jinja")  # what a model folder says about itself and its text
+HF_FILES = (*TEXT_FILES, "*.safetensors")  # all that it needs; no pickles
 DOUBLES = ["*/*", "consolidated*"]  # the same weights once more, in other formats
 STALE_SECONDS = 24 * 3600
 

@@ -17,12 +17,14 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from mlfs_jax.errors import RunError
 from mlfs_jax.hosts import by_writer, same_everywhere
+
+T = TypeVar("T")
 
 FORMAT = 1
 _RUN, _METRICS, _RESULT, _LOCK = "run.json", "metrics.jsonl", "result.json", ".lock"
@@ -122,11 +124,26 @@ class Run:
         run = cls(path, _read_info(path), lock=None, resumed=True)
         if kinds and run.kind not in (None, *kinds):
             raise RunError(f"{path} is a run of `{run.kind}`: expected one of `{'` or `'.join(kinds)}`.")
+        run.kind = run.kind or made
         if finished and not run.finished:
-            raise RunError(
-                f"the run in {path} is not finished: run the same `{run.kind or 'mlfs fit'}` again to continue it"
-            )
+            raise RunError(f"the run in {path} is not finished: run the same `{run.kind}` again to continue it")
         return run
+
+    def config_as(self, cls: type[T], **parts: type) -> T:
+        """The configuration as the dataclass that it was; ``parts`` are those of its fields that are such themselves.
+
+        Raises RunError where the folder is of another version, or damaged.
+        """
+        try:
+            saved: dict[str, Any] = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in self.config.items() if k != "data"
+            }
+            return cls(**saved | {name: part(**saved[name]) for name, part in parts.items()})
+        except (TypeError, KeyError) as e:
+            raise RunError(
+                f"{self.path} holds no run of {self.kind} that this version reads ({e}): it is damaged, "
+                f"of another program, or of version {self.version}."
+            ) from e
 
     @property
     def checkpoints(self) -> Path:

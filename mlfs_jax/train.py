@@ -104,16 +104,7 @@ def load_run(path: str | Path, *, finished: bool = False, mesh: Mesh | None = No
         RunError: there is none, it is of another kind or damaged, or (with ``finished``) it has not come to its end.
     """
     run = Run.open(path, finished=finished, kinds=(KIND,))
-    try:
-        saved = {name: value for name, value in run.config.items() if name != "data"}
-        saved["distill"] = DistillConfig(**saved["distill"])
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
-        config = FitConfig(**fields)
-    except (TypeError, KeyError) as e:
-        raise RunError(
-            f"{run.path} holds no run of {KIND} that this version reads ({e}): it is damaged, of another program, or "
-            f"of version {run.version}."
-        ) from e
+    config = run.config_as(FitConfig, distill=DistillConfig)
     task = _load_task(run, config)
     return _assemble(run, config, task, config.load_model(task, mesh))
 

@@ -12,6 +12,7 @@ run opens with its pairs merged, in float again.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -25,13 +26,14 @@ import optax
 import safetensors.numpy as safetensors
 from jaxtyping import Array
 from rich.console import Console
+from safetensors import SafetensorError
 
 from mlfs_jax.backbone.tree import STACKED, flatten, map_named
 from mlfs_jax.data.batches import BUCKETS, Batches
 from mlfs_jax.data.encode import Encoded, fingerprint
 from mlfs_jax.data.tokenizer import load_tokenizer, prefix_of
 from mlfs_jax.distill import DistillConfig
-from mlfs_jax.errors import ConfigError
+from mlfs_jax.errors import ConfigError, RunError
 from mlfs_jax.fit_config import from_anywhere
 from mlfs_jax.lora import init_lora, merge_lora
 from mlfs_jax.model import Model, abstract, forward
@@ -41,7 +43,7 @@ from mlfs_jax.stages import Stage
 from mlfs_jax.supernet import TrainState
 from mlfs_jax.vocab import Hidden, lm_distill_loss, lm_loss
 from spa_jax.adapters import adapted, count_adapters, init_adapters
-from spa_jax.config import BASELINE, FitConfig
+from spa_jax.config import BASELINE, FitConfig, saved_fields
 from spa_jax.loop import train_loop
 from spa_jax.side import SideConfig, abstract_net
 
@@ -113,6 +115,10 @@ class BaselineConfig:
         if self.learning_rate is not None:
             return self.learning_rate
         return 2e-3 if self.method == "lst" else 1e-3
+
+    def to_json(self) -> dict[str, Any]:
+        """For run.json, as :meth:`FitConfig.to_json`."""
+        return saved_fields(self) | {"learning_rate": self.peak}
 
     @property
     def fit_config(self) -> FitConfig:
@@ -220,12 +226,13 @@ def fit_baseline(
     shared = config.fit_config
     task, model = shared.get_task(), shared.load_model(loaded=model)
     data = shared.load_data(task, model)
-    saved = {**dataclasses.asdict(config), "learning_rate": config.peak, "data": fingerprint(data)}
+    saved = {**config.to_json(), "data": fingerprint(data)}
     with preemption() as stop, Run.create_or_resume(out, saved, kind=BASELINE) as run:
         if run.finished or not config.trains:
+            found = _assemble(config, model, data, run)
             if not run.finished:
                 run.finish(params=0)
-            return _assemble(config, model, data["train"], run)
+            return found
         train = data["train"]
         batches = Batches(train, min(config.batch_size, len(train)), seed=config.seed, buckets=config.buckets)
         optimizer = Stage(config.method, "maxnet", config.steps, config.peak).optimizer()
@@ -254,42 +261,56 @@ def fit_baseline(
         flat = {jax.tree_util.keystr(p, simple=True, separator="/"): np.asarray(x) for p, x in _leaves(params)}
         write_atomic(run.path / WEIGHTS, safetensors.save(flat))
         run.finish(params=sum(x.size for x in flat.values()))
-        return _assemble(config, model, train, run)
+        return _assemble(config, model, data, run)
 
 
 def _leaves(tree) -> list:
     return jax.tree_util.tree_flatten_with_path(tree)[0]
 
 
-def _assemble(config: BaselineConfig, model: Model, train: Encoded, run: Run) -> Baseline:
+def _assemble(config: BaselineConfig, model: Model, data: Mapping[str, Encoded], run: Run) -> Baseline:
     if not config.trains:
-        tokenizer = load_tokenizer(model.source)
-        prefix = one_shot_prefix(train, tokenizer) if config.method == "one-shot" else ()
-        return Baseline(config, model, prefix, one_line=_one_line(train, tokenizer))
+        tokenizer, decoder = load_tokenizer(model.source), model.decoder
+        positions = math.inf if decoder.positions == "alibi" else decoder.max_positions
+        prefix = one_shot_prefix(data, tokenizer, positions) if config.method == "one-shot" else ()
+        return Baseline(config, model, prefix, one_line=_one_line(data["train"], tokenizer))
     template = jax.eval_shape(lambda: init_params(config, model))
-    saved = safetensors.load_file(run.path / WEIGHTS)
     names = [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in _leaves(template)]
-    params = jax.tree.unflatten(jax.tree.structure(template), [jnp.asarray(saved[name]) for name in names])
+    try:
+        saved = safetensors.load_file(run.path / WEIGHTS)
+        params = jax.tree.unflatten(jax.tree.structure(template), [jnp.asarray(saved[name]) for name in names])
+    except (OSError, KeyError, SafetensorError) as e:
+        raise RunError(f"{run.path / WEIGHTS} is damaged ({e}): delete the folder and train it again.") from e
     return Baseline(config, apply(config, model, params), params=sum(x.size for x in saved.values()))
 
 
 def load_baseline(path: str | Path, *, model: Model | None = None) -> Baseline:
     """Open a finished baseline run; ``model`` is the base, if it is loaded already."""
     run = Run.open(path, finished=True, kinds=(BASELINE,))
-    saved = {name: value for name, value in run.config.items() if name != "data"}
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
-    config = BaselineConfig(**fields)
+    config = run.config_as(BaselineConfig)
     shared = config.fit_config
     model = shared.load_model(loaded=model)
-    train = shared.load_data(shared.get_task(), model)["train"]
-    return _assemble(config, model, train, run)
+    return _assemble(config, model, shared.load_data(shared.get_task(), model), run)
 
 
-def one_shot_prefix(train: Encoded, tokenizer) -> tuple[int, ...]:
-    """The training example of median length and a blank line: what stands before every prompt."""
-    row = int(np.argsort(train.lengths, kind="stable")[len(train) // 2])
-    text = tokenizer.decode(train.ids[train.offsets[row] : train.offsets[row + 1]].tolist())
-    return (*prefix_of(tokenizer), *tokenizer.encode(text.strip() + "\n\n", add_special_tokens=False).ids)
+def one_shot_prefix(data: Mapping[str, Encoded], tokenizer, positions: float) -> tuple[int, ...]:
+    """A training example and a blank line: what stands before every prompt.
+
+    It is the one of median length, or the longest below it that leaves the model positions for all of the task.
+
+    Raises:
+        ConfigError: none does.
+    """
+    train, needed = data["train"], max(int(part.starts.max()) + part.max_completion for part in data.values())
+    for row in np.argsort(train.lengths, kind="stable")[len(train) // 2 :: -1]:
+        text = tokenizer.decode(train.ids[train.offsets[row] : train.offsets[row + 1]].tolist())
+        prefix = (*prefix_of(tokenizer), *tokenizer.encode(text.strip() + "\n\n", add_special_tokens=False).ids)
+        if len(prefix) + needed <= positions:
+            return prefix
+    raise ConfigError(
+        f"one-shot: the model has {positions} positions, of which the longest prompt and completion take {needed}: no "
+        "example fits before them; give fewer by --max-length, or 'zero-shot'."
+    )
 
 
 def _one_line(train: Encoded, tokenizer) -> bool:

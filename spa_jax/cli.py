@@ -148,6 +148,7 @@ def evaluate(
     """
     from rich.table import Table
 
+    from spa_jax.errors import PluginError
     from spa_jax.evaluate import evaluate_run
     from spa_jax.gate import check_usage
 
@@ -174,7 +175,7 @@ def evaluate(
                     batch_size=batch_size,
                     advance=partial(lambda name, doing: advance(f"{name}: {doing}"), folder.name),
                 )
-            except (UnknownNameError, RunError) as e:  # no example in a small split; a fit that was stopped
+            except (UnknownNameError, RunError, PluginError) as e:  # no example in a small split; no whole plugin
                 if folder is folders[-1] and not results:
                     raise
                 print(f"{folder.name} is left out: {e}", file=sys.stderr)

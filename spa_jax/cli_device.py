@@ -69,6 +69,7 @@ class Kit:
 
     def __init__(self, options: DeviceOptions):
         from mlfs_jax.data.tokenizer import load_tokenizer
+        from mlfs_jax.hf.load import model_folder
         from spa_jax.device_model import SideDevice
         from spa_jax.plugin import load_plugin, tokenizer_fingerprint
 
@@ -80,7 +81,7 @@ class Kit:
             raise ConfigError(
                 f"budget: this plugin's setting is {self.plugin.setting}, which has no gate to hold back."
             )
-        folder = options.tokenizer or _model_folder(options.plugin)
+        folder = options.tokenizer or _of_run(options.plugin, model_folder)
         if not folder.is_dir():
             raise ConfigError(f"tokenizer {folder}: there is no such folder.")
         if tokenizer_fingerprint(folder) != self.plugin.tokenizer:
@@ -131,14 +132,13 @@ class Kit:
         return show
 
 
-def _model_folder(plugin: Path) -> Path:
-    """Of the base that a run was made with, for its tokenizer."""
+def _of_run(plugin: Path, get: Callable[[str], Path]) -> Path:
+    """The folder that ``get`` finds for the base that a run was made with."""
     from mlfs_jax.errors import DataError, RunError, UnknownNameError, first_line
-    from mlfs_jax.hf.load import model_folder
     from mlfs_jax.run import Run
 
     try:
-        return model_folder(Run.open(plugin).config["model"])
+        return get(Run.open(plugin).config["model"])
     except (RunError, KeyError, UnknownNameError, DataError) as e:
         raise ConfigError(
             f"{plugin} does not say what its base is, or it is not here ({first_line(e)}): give --tokenizer FOLDER "
@@ -152,12 +152,13 @@ def _head(plugin, options: DeviceOptions) -> dict | None:
         return None
     from mlfs_jax.backbone.tree import flatten
     from mlfs_jax.hf.load import from_pretrained
+    from mlfs_jax.registry import resolve_model
     from spa_jax.device_model import head_names
 
     base: Path | str | None = options.base
     if base is None:
         try:
-            base = _model_folder(options.plugin)
+            base = _of_run(options.plugin, resolve_model)
         except ConfigError:  # a plugin without its run: perhaps the tokenizer lies in the base's folder
             if (base := options.tokenizer) is None:
                 raise
@@ -271,20 +272,36 @@ async def _typed(prompt: str) -> str:
 
 
 def chat(options: Options) -> None:
-    """Talk to a server, line by line; each line goes on after all before. An empty line or Ctrl-D ends it."""
+    """Talk to a server, line by line; each line goes on after all before. An empty line or Ctrl-D ends it.
+
+    A line that a session has no room for begins a new one, which knows nothing of what was said before.
+    """
+    from spa_jax.errors import NetworkError
+
     kit = Kit(options)
 
-    async def run():
+    async def talk(line: str) -> str:
+        """One session, from a line on; the line that it has no room for."""
         async with kit.device() as device:
-            while True:
-                try:
-                    line = await _typed("> ")
-                except EOFError:
-                    return
-                if not line.strip():
-                    return
+            while line.strip():
                 ids = kit.encode(line, first=not device.history)
-                answer = await device.generate(ids, options.max_new_tokens, kit.stop, kit.printer(ids))
+                try:
+                    answer = await device.generate(ids, options.max_new_tokens, kit.stop, kit.printer(ids))
+                except NetworkError as error:
+                    if error.code != "too-long" or not device.history:
+                        raise
+                    print(f"note: {error} A new session begins with this line.", file=sys.stderr)
+                    return line
                 _say(answer, kit.model, options.stats)
+                if answer.end == "full":
+                    print("note: the session is full.", file=sys.stderr)
+                line = await _typed("> ")
+        return ""
+
+    async def run():
+        with contextlib.suppress(EOFError):
+            line = await _typed("> ")
+            while line.strip():
+                line = await talk(line)
 
     asyncio.run(run())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -117,11 +116,8 @@ class FitConfig:
             raise ConfigError("user is empty: name the user whose examples the plugin is made of, or leave user out.")
 
     def to_json(self) -> dict[str, Any]:
-        """For run.json. What is there since a later version is left out where it changes nothing: older runs go on."""
-        saved = dataclasses.asdict(self)
-        if self.base_bits == 32:
-            del saved["base_bits"]
-        return saved
+        """For run.json, see :func:`saved_fields`."""
+        return saved_fields(self)
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
@@ -175,7 +171,9 @@ class FitConfig:
         return train.take(np.sort(order[held:])), train.take(np.sort(order[:held]))
 
 
-def from_json(saved: Mapping) -> FitConfig:
-    """A FitConfig after a trip through JSON (run.json)."""
-    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
-    return FitConfig(**fields | {"side": SideConfig(**fields["side"]), "gate": GateConfig(**fields["gate"])})
+def saved_fields(config: Any) -> dict[str, Any]:
+    """For run.json: what is there since a later version is left out where it changes nothing, that older runs go on."""
+    saved = dataclasses.asdict(config)
+    if config.base_bits == 32:
+        del saved["base_bits"]
+    return saved

@@ -6,22 +6,26 @@ last hidden state of the positions that count, in memory or on disk. Its size is
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import json
+import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Int
 
 from mlfs_jax.data.batches import BUCKETS, eval_batches
 from mlfs_jax.data.encoded import Encoded
 from mlfs_jax.hosts import to_host
 from mlfs_jax.model import Model
-from mlfs_jax.run import write_json
+from mlfs_jax.run import write_atomic, write_json
 from mlfs_jax.sharding import beside, put, sharding_of
 from spa_jax.errors import TapCacheError
 from spa_jax.model import cloud_step
@@ -29,7 +33,7 @@ from spa_jax.seam import Frame
 
 GROUP = 16
 """Examples that go through the backbone at once."""
-META = "ladders.json"
+META, FILLED = "ladders.json", "filled.npy"
 
 
 class LadderCache:
@@ -97,17 +101,17 @@ class LadderCache:
                     f"{folder} holds the taps of another base, other data or other layers: delete it, or name another "
                     "folder."
                 )
-            mode: Literal["r+", "w+"] = "r+" if known else "w+"
-            self.taps = np.memmap(folder / "taps.f16", np.float16, mode, shape=shapes["taps"])
-            self.hidden = np.memmap(folder / "hidden.f32", np.float32, mode, shape=shapes["hidden"])
+            self.taps = _map(folder / "taps.f16", np.float16, shapes["taps"], new=known is None)
+            self.hidden = _map(folder / "hidden.f32", np.float32, shapes["hidden"], new=known is None)
             if known is None:
-                np.save(folder / "filled.npy", self.filled)
+                _save(folder / FILLED, self.filled)
                 write_json(folder / META, meta)
-            self.filled = np.load(folder / "filled.npy")
-        except (OSError, ValueError) as e:
-            raise TapCacheError(
-                f"the taps in {folder} cannot be used: {e}. Delete the folder to make them anew."
-            ) from e
+            self.filled = np.load(folder / FILLED)
+        except (OSError, ValueError, EOFError) as e:
+            todo = "Delete the folder to make them anew."
+            if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                todo = f"They take {self.bytes / 1e9:.2f} GB: make room, or name a folder elsewhere (--taps-folder)."
+            raise TapCacheError(f"the taps in {folder} cannot be used: {e}. {todo}") from e
 
     def fill(
         self, *, stop: Callable[[], bool] = lambda: False, advance: Callable[[int], None] = lambda n: None
@@ -144,8 +148,7 @@ class LadderCache:
         for kept in (self.taps, self.hidden):
             assert isinstance(kept, np.memmap)
             kept.flush()
-        np.save(self.folder / "filled.tmp.npy", self.filled)
-        (self.folder / "filled.tmp.npy").replace(self.folder / "filled.npy")
+        _save(self.folder / FILLED, self.filled)
 
     def get(self, rows: Int[np.ndarray, " B"], width: int) -> tuple[Frame, np.ndarray]:
         """The frame [n + 1, B, width, D] of these examples, and f [B, width, D] where it counts, else 0."""
@@ -171,6 +174,28 @@ def spread(mesh: Mesh, frame: Frame, f: np.ndarray) -> tuple[Frame, Array]:
 
     taps, positions, real = place(frame.taps, 1), place(frame.positions, 0), place(frame.real, 0)
     return Frame(taps, positions, real), place(f, 0)
+
+
+def _map(file: Path, dtype: DTypeLike, shape: tuple[int, ...], *, new: bool) -> np.memmap:
+    """An array in a file that has all of its room on the disk: a map of a file with holes ends in SIGBUS when it fills.
+
+    Two runs may share a folder and begin at once: what is there already stays.
+    """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    with file.open("ab" if new else "r+b") as f:
+        if new:
+            f.truncate(size)
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                os.posix_fallocate(f.fileno(), 0, size)
+        elif (there := os.fstat(f.fileno()).st_size) != size:
+            raise ValueError(f"{file.name} has {there} bytes, expected {size}")
+    return np.memmap(file, dtype, "r+", shape=shape)
+
+
+def _save(file: Path, array: np.ndarray) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    write_atomic(file, buffer.getvalue())
 
 
 def _offsets(lengths: np.ndarray) -> np.ndarray:

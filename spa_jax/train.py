@@ -14,10 +14,12 @@ import dataclasses
 import io
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import jax
 import numpy as np
@@ -30,7 +32,7 @@ from rich.console import Console
 from mlfs_jax.checkpoint import Checkpoints
 from mlfs_jax.data.batches import Batches
 from mlfs_jax.data.encode import Encoded, fingerprint
-from mlfs_jax.errors import ConfigError, RunError, some
+from mlfs_jax.errors import ConfigError, some
 from mlfs_jax.hosts import by_writer, decided, is_writer, several
 from mlfs_jax.importance import Importance, measure_importance
 from mlfs_jax.model import Model
@@ -41,17 +43,17 @@ from mlfs_jax.run import Run, write_atomic
 from mlfs_jax.sharding import check_rows, feed, mesh_of, mesh_of_job, replicated, shard_base, state_shardings
 from mlfs_jax.supernet import TrainState
 from mlfs_jax.vocab import CHUNK, Hidden, lm_loss
-from spa_jax.config import FIT, FitConfig, from_json
+from spa_jax.config import FIT, FitConfig
 from spa_jax.decode import rates
 from spa_jax.gate import ALWAYS, calibration_curve, choose_threshold
-from spa_jax.gate_fit import fit_gate
+from spa_jax.gate_fit import GateConfig, fit_gate
 from spa_jax.ladders import LadderCache, spread
 from spa_jax.loop import progress, train_loop
 from spa_jax.model import cloud_step
 from spa_jax.plugin import Plugin, base_fingerprint, load_plugin, save_plugin, tokenizer_fingerprint
 from spa_jax.score import TokenScores, score_tokens
 from spa_jax.seam import Frame, Setting
-from spa_jax.side import Side, device_step, side_axes
+from spa_jax.side import Side, SideConfig, device_step, side_axes
 from spa_jax.start import init_side
 
 
@@ -125,13 +127,7 @@ def load_run(path: str | Path, *, model: Model | None = None) -> Fitted:
         RunError: there is no finished run. PluginError: the plugin does not fit the base.
     """
     run = Run.open(path, finished=True, kinds=(FIT,))
-    try:
-        config = from_json({name: value for name, value in run.config.items() if name != "data"})
-    except (TypeError, KeyError) as e:
-        raise RunError(
-            f"{run.path} holds no run of {FIT} that this version reads ({e}): it is damaged, of another program, or of "
-            f"version {run.version}."
-        ) from e
+    config = run.config_as(FitConfig, side=SideConfig, gate=GateConfig)
     model = config.load_model(loaded=model)
     plugin = load_plugin(run.path).check(model.decoder, model.base, model.source)
     return Fitted(config, model, plugin)
@@ -283,7 +279,7 @@ def importance_of(config: FitConfig, model: Model, train: Encoded) -> Importance
     name = base_fingerprint(model.decoder, model.base)[:16] + fingerprint({"train": part})[:16]
     file = cache_dir() / "importance" / f"{name}.npz"
     if file.exists() and not several():  # of several processes, one may not have it
-        with np.load(file) as saved:
+        with suppress(OSError, ValueError, TypeError, EOFError, BadZipFile), np.load(file) as saved:
             return Importance(**saved)
 
     def loss(base: nnx.State, batch: Mapping) -> Array:

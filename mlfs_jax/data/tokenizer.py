@@ -104,7 +104,7 @@ def specials(model_dir: str | Path, tokenizer=None) -> Specials:
     if isinstance(eos, list):  # several tokens may end a turn; the first ends a text
         eos = eos[0] if eos else None
     if eos is None:
-        eos = _eos_by_name(Path(model_dir) / "tokenizer_config.json", tokenizer)
+        eos = named_end(model_dir, tokenizer)
     if eos is None:
         raise ConfigError(
             f"{model_dir} names no end-of-text token (eos_token_id in config.json or eos_token in "
@@ -121,13 +121,14 @@ def prefix_of(tokenizer) -> tuple[int, ...]:
     return tuple(added.ids[:first])
 
 
-def _eos_by_name(file: Path, tokenizer) -> int | None:
+def named_end(model_dir: str | Path, tokenizer=None) -> int | None:
+    """The id of the end-of-text token that tokenizer_config.json names: what ends texts where config.json is silent."""
     try:
-        token = json.loads(file.read_text(encoding="utf-8")).get("eos_token")
+        token = json.loads((Path(model_dir) / "tokenizer_config.json").read_text(encoding="utf-8")).get("eos_token")
     except (OSError, ValueError):
         return None
     token = token.get("content") if isinstance(token, dict) else token
-    return None if token is None else tokenizer.token_to_id(token)
+    return None if token is None else (tokenizer or load_tokenizer(model_dir)).token_to_id(token)
 
 
 class TextStream:

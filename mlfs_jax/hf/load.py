@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,15 @@ from safetensors import SafetensorError, safe_open
 
 from mlfs_jax.backbone.tree import flatten
 from mlfs_jax.config import Config, DecoderConfig
-from mlfs_jax.errors import CheckpointError, ConfigError, some
+from mlfs_jax.data.tokenizer import named_end
+from mlfs_jax.errors import CheckpointError, ConfigError, DataError, some
 from mlfs_jax.hf.configs import family_of, from_hf, own_labels
 from mlfs_jax.hf.gguf import gguf_in, prepare_folder, read_gguf
 from mlfs_jax.hf.gguf_file import open_gguf
 from mlfs_jax.hf.table import LEAVES, DecoderFamily, Family
 from mlfs_jax.hosts import to_host
 from mlfs_jax.model import Model, abstract, as_key, build, init_weights
-from mlfs_jax.registry import resolve_model
+from mlfs_jax.registry import TEXT_FILES, resolve_model
 
 log = logging.getLogger("mlfs_jax")
 
@@ -130,11 +131,11 @@ def from_pretrained(
 
 
 def model_folder(name_or_path: str | Path) -> Path:
-    """A folder with the config.json and the tokenizer of a model: what :func:`from_pretrained` gives as its source.
+    """A folder with the config.json and the tokenizer of a model; of a hub id, the weights are not downloaded.
 
     Raises as :func:`from_pretrained` does.
     """
-    path = resolve_model(name_or_path)
+    path = resolve_model(name_or_path, files=TEXT_FILES)
     return path if (gguf := gguf_in(path)) is None else prepare_folder(gguf)
 
 
@@ -170,7 +171,7 @@ def load_checkpoint(
             hf, head=head, labels=labels, problem=problem, pooler=any(key.startswith("pooler.") for key in tensors)
         )
         if isinstance(config, DecoderConfig):
-            config = _with_ends(config, directory)
+            config = _with_ends(config, hf, directory)
         fresh = _fresh_sites(hf, family, config, tensors)
 
         specs = flatten(abstract(config)[1])
@@ -218,16 +219,25 @@ def _check_use(name: str, kind: str, decoder: bool, head: str | None) -> None:
         raise ConfigError(f"{name} is {what} ({kind}): to {USES[head]} (head = {head!r}), give {needed}.")
 
 
-def _with_ends(config: DecoderConfig, directory: Path) -> DecoderConfig:
-    """The config with the tokens that generation_config.json ends texts with, too: a chat model may name them there."""
+def _with_ends(config: DecoderConfig, hf: dict, directory: Path) -> DecoderConfig:
+    """The config with the other tokens that end its texts.
+
+    Those of generation_config.json, where a chat model may name them; and the tokenizer's, which ends the texts of
+    training (:func:`mlfs_jax.data.tokenizer.specials`) where config.json has none.
+    """
+    found = list(config.eos_token_ids)
     file = directory / "generation_config.json"
-    if not file.is_file():
-        return config
-    ends = read_config(file).get("eos_token_id")
-    ends = (ends,) if isinstance(ends, int) else ends or ()
-    if not (isinstance(ends, list | tuple) and all(isinstance(end, int) for end in ends)):
-        raise ConfigError(f"eos_token_id = {ends!r} in {file}: expected a token id, or a list of them.")
-    return config.replace(eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *ends))))
+    if file.is_file():
+        ends = read_config(file).get("eos_token_id")
+        ends = [ends] if isinstance(ends, int) else ends or []
+        if not (isinstance(ends, list) and all(isinstance(end, int) for end in ends)):
+            raise ConfigError(f"eos_token_id = {ends!r} in {file}: expected a token id, or a list of them.")
+        found += ends
+    if hf.get("eos_token_id") is None:
+        with suppress(DataError):  # a model may come without a usable tokenizer
+            end = named_end(directory)
+            found += [] if end is None else [end]
+    return config.replace(eos_token_ids=tuple(dict.fromkeys(found)))
 
 
 def read_config(path: Path) -> dict:

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from mlfs_jax.cli import main
+from mlfs_jax.data.tokenizer import load_tokenizer, specials
 from mlfs_jax.errors import ConfigError, DataError
 from mlfs_jax.generate import GenerateConfig, generate, generate_text, stream_text
 from mlfs_jax.generate.text import _decode
@@ -118,6 +119,18 @@ def test_a_chat_models_other_ends_are_in_generation_config(folder, tmp_path):
     (tmp_path / "chat" / "generation_config.json").write_text('{"eos_token_id": [2, 4]}')
     export_hf(from_pretrained(tmp_path / "chat"), tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == [2, 4]
+
+
+def test_the_end_that_training_writes_ends_what_is_written(folder, tmp_path):
+    """Of a model whose config.json has none, it is the tokenizer's."""
+    shutil.copytree(folder, tmp_path / "silent")
+    config = json.loads((folder / "config.json").read_text())
+    for silent in (config | {"eos_token_id": None}, {k: v for k, v in config.items() if k != "eos_token_id"}):
+        (tmp_path / "silent" / "config.json").write_text(json.dumps(silent))
+        (tmp_path / "silent" / "tokenizer_config.json").write_text('{"eos_token": "w9"}')
+        end = load_tokenizer(folder).token_to_id("w9")
+        assert specials(tmp_path / "silent").eos == end
+        assert end in from_pretrained(tmp_path / "silent").config.eos_token_ids
 
 
 def test_the_command(model, folder, capsys):

@@ -351,6 +351,8 @@ def test_of_a_hub_id_comes_what_a_model_folder_needs():
     rest = ["consolidated.safetensors", "original/params.json", "onnx/config.json", "pytorch_model.bin", "README.md"]
     asked = {"allow_patterns": list(registry.HF_FILES), "ignore_patterns": registry.DOUBLES}
     assert list(filter_repo_objects(need + rest, **asked)) == need
+    asked["allow_patterns"] = list(registry.TEXT_FILES)
+    assert list(filter_repo_objects(need + rest, **asked)) == [name for name in need if "safetensors" not in name]
 
 
 def test_pip_is_asked_for_an_isolated_build_where_setuptools_is_old_or_missing(monkeypatch):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,15 @@ from mlfs_jax.lora import init_lora
 from mlfs_jax.model import forward
 from mlfs_jax.vocab import Hidden, lm_loss
 from spa_jax.adapters import adapted, count_adapters, init_adapters
-from spa_jax.baselines import BaselineConfig, budget, fit_baseline, init_params, load_baseline, shared_model
+from spa_jax.baselines import (
+    BaselineConfig,
+    budget,
+    fit_baseline,
+    init_params,
+    load_baseline,
+    one_shot_prefix,
+    shared_model,
+)
 from spa_jax.config import FitConfig
 from spa_jax.evaluate import evaluate_baseline
 from tests.mlfs.tiny import tiny_decoder, tiny_tokens
@@ -131,6 +140,27 @@ def test_one_shot_puts_an_example_before_the_prompt(config, tmp_path):
     assert load_baseline(tmp_path / "one").prefix == one.prefix
     with pytest.raises(RunError, match="method"):
         fit_baseline(dataclasses.replace(config, method="zero-shot"), tmp_path / "one", console=QUIET)
+    data = config.fit_config.load_data(config.fit_config.get_task(), one.model)
+    needed = max(part.starts.max() + part.max_completion for part in data.values())
+    assert len(one_shot_prefix(data, tokenizer, needed + len(one.prefix) - 1)) < len(one.prefix)
+    with pytest.raises(ConfigError, match=rf"{needed} positions, of which .* take {needed}: no example fits"):
+        one_shot_prefix(data, tokenizer, needed)
+
+
+def test_runs_of_old_and_damaged_ones(config, tmp_path):
+    """A run from before base_bits goes on; a cut file and a strange field are said."""
+    config = dataclasses.replace(config, steps=2)
+    run = tmp_path / "run"
+    fit_baseline(config, run, console=QUIET)
+    info = json.loads((run / "run.json").read_text())
+    assert "base_bits" not in info["config"]
+    (run / "run.json").write_text(json.dumps(info | {"config": info["config"] | {"rungs": 3}}))
+    with pytest.raises(RunError, match=r"no run of spa baseline that this version reads .*rungs"):
+        load_baseline(run)
+    (run / "run.json").write_text(json.dumps(info))
+    (run / "weights.safetensors").write_bytes((run / "weights.safetensors").read_bytes()[:100])
+    with pytest.raises(RunError, match=r"weights\.safetensors is damaged"):
+        load_baseline(run)
 
 
 def test_mistakes(config, tmp_path):

@@ -66,6 +66,12 @@ def test_users(tiny_lm, echo_task, tmp_path, capsys):
     capsys.readouterr()
     assert main(["eval", str(tmp_path / "users"), "--limit", "4", "--batch-size", "4", "--json"]) == 0
     assert {*json.loads(capsys.readouterr().out)} == {"alice", "bob"}
+    plugin = tmp_path / "users" / "bob" / "plugin.safetensors"
+    content = plugin.read_bytes()
+    plugin.write_bytes(content[:100])
+    assert main(["eval", str(tmp_path / "users"), "--limit", "4", "--batch-size", "4"]) == 0
+    assert re.search(r"bob is left out: .*damaged", capsys.readouterr().err)
+    plugin.write_bytes(content)
     (tmp_path / "users" / "bob" / "result.json").unlink()  # as a fit that was stopped
     assert main(["eval", str(tmp_path / "users"), "--limit", "4", "--batch-size", "4", "--json"]) == 0
     out, err = capsys.readouterr()

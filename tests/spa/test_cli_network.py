@@ -15,7 +15,7 @@ import pytest
 from mlfs_jax.errors import ConfigError
 from mlfs_jax.hf.gguf_tokenizer import PRE_TOKENIZERS
 from mlfs_jax.hf.gguf_write import export_gguf
-from mlfs_jax.hf.load import from_pretrained
+from mlfs_jax.hf.load import from_pretrained, model_folder
 from mlfs_jax.run import Run
 from spa_jax import cli_device
 from spa_jax.cli import main
@@ -99,6 +99,12 @@ def test_generate_and_chat(server, plugin, tiny_lm, capsys, monkeypatch):
     assert main(["chat", *common, "--max-new-tokens", "4", "--stats"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("tokens_per_second") == 2 and re.findall(r"connections +(\d)", printed) == ["1", "0"]
+
+    lines = iter(["w5 " * 40, "w3 " * 20, ""])
+    assert main(["chat", *common, "--max-new-tokens", "4", "--stats"]) == 0
+    printed = capsys.readouterr()
+    assert re.findall(r"connections +(\d)", printed.out) == ["1", "1"]
+    assert "a session here holds" in printed.err and "A new session begins with this line." in printed.err
 
 
 def test_ctrl_c_ends_a_chat_that_waits_for_a_line(monkeypatch):
@@ -300,4 +306,4 @@ def test_a_device_finds_the_tokenizer_of_a_base_in_a_gguf_file(tmp_path, monkeyp
     for name, model in (("file", file), ("folder", file.parent)):
         with Run.create_or_resume(tmp_path / name, {"model": str(model)}, kind=FIT) as run:
             run.finish()
-        assert tokenizer_fingerprint(cli_device._model_folder(run.path)) == tokenizer_fingerprint(source)
+        assert tokenizer_fingerprint(cli_device._of_run(run.path, model_folder)) == tokenizer_fingerprint(source)

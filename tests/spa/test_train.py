@@ -1,6 +1,7 @@
 """fit: learns, resumes to the bit, with cached ladders as without, one plugin for each user; mistakes are named."""
 
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -147,6 +148,36 @@ def test_cached_ladders_are_bounded_and_know_what_they_are_of(config, tmp_path):
     assert (tmp_path / "taps" / "taps.f16").stat().st_mtime_ns == made  # read, not written
     with pytest.raises(TapCacheError, match="another base, other data or other layers"):
         fit(dataclasses.replace(config, side=dataclasses.replace(LADDER, every=1)), tmp_path / "three", console=QUIET)
+    for file, kept in (("taps.f16", 100), ("filled.npy", 0)):
+        with (tmp_path / "taps" / file).open("r+b") as f:
+            content = f.read()
+            f.truncate(kept)
+        with pytest.raises(TapCacheError, match=r"taps cannot be used: .*Delete the folder"):
+            fit(config, tmp_path / f"no {file}", console=QUIET)
+        (tmp_path / "taps" / file).write_bytes(content)
+
+
+def test_cached_ladders_have_their_room_before_they_fill(config, tmp_path, monkeypatch):
+    """A map of a file with holes would end in SIGBUS where the disk is full."""
+
+    def full(fd, offset, size):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    config = dataclasses.replace(config, cache_taps="disk", taps_folder=str(tmp_path / "taps"), setting="s1")
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(TapCacheError, match=r"No space left on device\. They take .* GB: make room, or name a folder"):
+        fit(config, tmp_path / "run", console=QUIET)
+    monkeypatch.undo()
+    assert fit(config, tmp_path / "run", console=QUIET)
+
+
+def test_a_damaged_importance_is_measured_anew(config, tmp_path):
+    config = dataclasses.replace(config, start="sliced", setting="s1", steps=1)
+    first = fit(config, tmp_path / "one", console=QUIET)
+    (file,) = (tmp_path / "cache").rglob("importance/*.npz")
+    file.write_bytes(file.read_bytes()[:100])
+    again = fit(config, tmp_path / "two", console=QUIET)
+    jax.tree.map(np.testing.assert_array_equal, first.plugin.side, again.plugin.side)
 
 
 def test_every_kind_and_setting_fits(config, tmp_path):
