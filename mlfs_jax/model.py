@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from mlfs_jax.backbone.cache import Cache
 from mlfs_jax.backbone.decoder import Decoder
 from mlfs_jax.backbone.encoder import Encoder
-from mlfs_jax.backbone.quantised import quantise
+from mlfs_jax.backbone.quantised import Quantised, quantise
 from mlfs_jax.backbone.tree import Mask, Output, flatten, map_named
 from mlfs_jax.config import Config, DecoderConfig
 from mlfs_jax.errors import CheckpointError, ConfigError
@@ -100,7 +100,7 @@ def init_weights(config: Config, key: Array, names: tuple[str, ...] | None = Non
     return init(key)
 
 
-def build(config: Config, weights: Mapping[str, Array], **fields) -> Model:
+def build(config: Config, weights: Mapping[str, Array | Quantised], **fields) -> Model:
     """A model from weights by dotted name.
 
     Raises:

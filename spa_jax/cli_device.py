@@ -162,7 +162,7 @@ def _head(plugin, options: DeviceOptions) -> dict | None:
         except ConfigError:  # a plugin without its run: perhaps the tokenizer lies in the base's folder
             if (base := options.tokenizer) is None:
                 raise
-    model = from_pretrained(base).quantise(plugin.base_bits)
+    model = from_pretrained(base, base_bits=plugin.base_bits)
     plugin.check(model.decoder, model.base)
     weights = flatten(model.base)
     return {name: weights[name][...] for name in head_names(model.decoder)}

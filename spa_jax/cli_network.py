@@ -91,7 +91,7 @@ def serve(
     token, parts = read_token(token_file), [load_public(file) for file in public]
     with spinner() as advance:
         advance("loading the base")
-        base = from_pretrained(model).quantise(base_bits)
+        base = from_pretrained(model, base_bits=base_bits)
         places = None if mesh is None else make_mesh(mesh)
         context = context or min(1024, base.decoder.max_positions)
         served = DecoderCloud(base, slots=slots, context=context, public=parts, mesh=places)

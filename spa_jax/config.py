@@ -145,7 +145,9 @@ class FitConfig:
     def load_model(self, mesh: Mesh | None = None, *, loaded: Model | None = None) -> Model:
         """The base as this run wants it: ``loaded``, or what its name stands for."""
         place = None if mesh is None else partial(sharding_of, mesh)
-        return (loaded or from_pretrained(self.model, head="lm", sharding=place)).quantise(self.base_bits)
+        if loaded is not None:
+            return loaded.quantise(self.base_bits)
+        return from_pretrained(self.model, head="lm", base_bits=self.base_bits, sharding=place)
 
     def load_data(self, task: Task, model: Model) -> dict[str, Encoded]:
         """The task, encoded by the tokenizer in the model's folder; of one user, if one is named: his splits.

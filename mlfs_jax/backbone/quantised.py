@@ -121,15 +121,16 @@ def quantise(base: nnx.State, bits: int) -> nnx.State:
     if bits == 32 or has:
         return base
 
-    def quantised(name: str, leaf: nnx.Param) -> Array | Quantised:
-        value = leaf.get_value()
-        if not (name.startswith(f"{STACKED}.") and name.endswith(".kernel")):
-            return value
-        if isinstance(getattr(value, "sharding", None), NamedSharding):
-            raise ConfigError(f"base_bits = {bits}: a base on a mesh is not quantised here; leave one of the two out.")
-        return _encode(value, leaf.inputs, bits)
+    return map_named(lambda name, leaf: quantise_weight(name, leaf, leaf.get_value(), bits), base)
 
-    return map_named(quantised, base)
+
+def quantise_weight(name: str, spec: nnx.Param, value: Array, bits: int) -> Array | Quantised:
+    """One weight of :func:`quantise`, as it is where that leaves it so; ``spec`` says which of its axes are inputs."""
+    if bits == 32 or not (name.startswith(f"{STACKED}.") and name.endswith(".kernel")):
+        return value
+    if isinstance(getattr(value, "sharding", None), NamedSharding):
+        raise ConfigError(f"base_bits = {bits}: a base on a mesh is not quantised here; leave one of the two out.")
+    return _encode(value, spec.inputs, bits)
 
 
 def dequantised(base: nnx.State) -> nnx.State:
@@ -138,19 +139,23 @@ def dequantised(base: nnx.State) -> nnx.State:
 
 
 @partial(jax.jit, static_argnames=("inputs", "bits"))
-def _encode(kernel: Array, inputs: int, bits: int) -> Quantised:
-    dims = kernel.shape[1:]
+def _encode(kernels: Array, inputs: int, bits: int) -> Quantised:
+    dims = kernels.shape[1:]
     rows = math.prod(dims[:inputs])
     groups = -(-rows // GROUP)
     size = -(-rows // groups)
     size += size % 2  # 4 bits: two halves
-    flat = kernel.astype(jnp.float32).reshape(kernel.shape[0], rows, -1)
-    flat = jnp.pad(flat, ((0, 0), (0, groups * size - rows), (0, 0)))  # whole groups
-    grouped = flat.reshape(kernel.shape[0], groups, size, -1)
-    scale = jnp.maximum(jnp.abs(grouped).max(2), 1e-12)
-    levels = (grouped / scale[:, :, None]).reshape(flat.shape)
-    if bits == 8:
-        return Quantised(jnp.round(127 * levels).astype(jnp.int8), scale, dims, kernel.dtype)
-    nearest = jnp.searchsorted(jnp.asarray((NF4[1:] + NF4[:-1]) / 2), levels).astype(jnp.uint8)
-    low, high = jnp.split(nearest, 2, axis=1)
-    return Quantised(low | high << 4, scale, dims, kernel.dtype)
+
+    def one(kernel: Array) -> Quantised:
+        flat = kernel.astype(jnp.float32).reshape(rows, -1)
+        flat = jnp.pad(flat, ((0, groups * size - rows), (0, 0)))  # whole groups
+        grouped = flat.reshape(groups, size, -1)
+        scale = jnp.maximum(jnp.abs(grouped).max(1), 1e-12)
+        levels = (grouped / scale[:, None]).reshape(flat.shape)
+        if bits == 8:
+            return Quantised(jnp.round(127 * levels).astype(jnp.int8), scale, dims, kernel.dtype)
+        nearest = jnp.searchsorted(jnp.asarray((NF4[1:] + NF4[:-1]) / 2), levels).astype(jnp.uint8)
+        low, high = jnp.split(nearest, 2)
+        return Quantised(low | high << 4, scale, dims, kernel.dtype)
+
+    return jax.lax.map(one, kernels)  # what it takes to encode is kept for one layer at a time

@@ -77,8 +77,8 @@ def read_gguf(path: str | Path | GGUFFile, *, head: str = "lm", dtype=jnp.float3
     Args:
         head: "lm", or "none" (hidden states).
         dtype: of the weights in memory.
-        place: called with each weight (numpy), its dotted name and axes; returns the array of the model. None:
-            ``jnp.asarray``.
+        place: called with each weight (numpy), its dotted name and its abstract Param; returns the array of the model.
+            None: ``jnp.asarray``.
         fields: of :class:`mlfs_jax.model.Model`.
 
     Raises:
@@ -95,7 +95,7 @@ def read_gguf(path: str | Path | GGUFFile, *, head: str = "lm", dtype=jnp.float3
     weights: dict[str, Array] = {}
     for name, spec in flatten(abstract(config)[1]).items():
         value = _read_weight(file, config, name, names[name], spec, np.dtype(dtype))
-        weights[name] = jnp.asarray(value) if place is None else place(value, name, spec.axes)
+        weights[name] = jnp.asarray(value) if place is None else place(value, name, spec)
     return build(config, weights, **({"name": file.path.stem} | fields))
 
 

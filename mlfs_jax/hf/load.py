@@ -13,10 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array
 from safetensors import SafetensorError, safe_open
 
+from mlfs_jax.backbone.quantised import Quantised, check_bits, quantise_weight
 from mlfs_jax.backbone.tree import flatten
 from mlfs_jax.config import Config, DecoderConfig
 from mlfs_jax.data.tokenizer import named_end
@@ -96,6 +98,7 @@ def from_pretrained(
     problem: str | None = None,
     key: int | Array = 0,
     dtype: DTypeLike = jnp.float32,
+    base_bits: int = 32,
     sharding: Placement | None = None,
 ) -> Model:
     """A pretrained model: a name of the catalogue, a hub id, a local Hugging Face directory, or a GGUF file.
@@ -107,6 +110,7 @@ def from_pretrained(
         problem: "classification" or "regression" for a sequence head; None keeps the checkpoint's own.
         key: seed or key for weights that the checkpoint lacks.
         dtype: of the weights in memory, whatever the checkpoint stores.
+        base_bits: 8 or 4: :meth:`Model.quantise`, weight by weight, so that there never is a whole float base.
         sharding: where each weight goes, see :data:`Placement`; nothing is gathered on one device first.
 
     What was newly initialised or dropped is logged (logger ``mlfs_jax``); :func:`load_checkpoint` returns it.
@@ -123,6 +127,7 @@ def from_pretrained(
         problem=problem,
         key=key,
         dtype=dtype,
+        base_bits=base_bits,
         sharding=sharding,
         name=Path(name_or_path).name,
     )
@@ -147,10 +152,16 @@ def load_checkpoint(
     problem: str | None = None,
     key: int | Array = 0,
     dtype: DTypeLike = jnp.float32,
+    base_bits: int = 32,
     sharding: Placement | None = None,
     name: str | None = None,
 ) -> tuple[Model, LoadReport]:
     """:func:`from_pretrained` for a local directory, with the report; ``name`` is what messages call the model."""
+
+    def place(value: np.ndarray, name: str, spec: nnx.Param) -> Array | Quantised:
+        return quantise_weight(name, spec, _place(value, spec.axes, sharding), base_bits)
+
+    check_bits(base_bits)
     directory = Path(directory).expanduser()
     name = name or directory.name
     if (gguf := gguf_in(directory)) is not None:
@@ -158,7 +169,6 @@ def load_checkpoint(
         if labels is not None or problem is not None:
             raise ConfigError(f"labels = {labels}, problem = {problem!r}: {gguf} is a language model and has neither.")
         file = open_gguf(gguf)
-        place = lambda value, name, axes: _place(value, axes, sharding)  # noqa: E731
         source = prepare_folder(file)
         model = read_gguf(file, head=head or "lm", dtype=dtype, place=place, source=source)
         return model, LoadReport(source, (gguf.name,), (), ())
@@ -175,7 +185,7 @@ def load_checkpoint(
         fresh = _fresh_sites(hf, family, config, tensors)
 
         specs = flatten(abstract(config)[1])
-        weights: dict[str, Array] = {}
+        weights: dict[str, Array | Quantised] = {}
         initialised: list[str] = []
         missing: list[str] = []
         used: set[str] = set()
@@ -195,7 +205,7 @@ def load_checkpoint(
                     )
             used.update(family.canonical(tensor.key) for tensor in found)
             for name, value in slot.to_ours(tensor.read(dtype) for tensor in found).items():
-                weights[name] = _place(value, specs[name].axes, sharding)
+                weights[name] = place(value, name, specs[name])
         if missing:
             raise CheckpointError(
                 f"{directory} lacks {some(missing)} ({len(missing)} in all); looked in {', '.join(files)}."
@@ -205,7 +215,7 @@ def load_checkpoint(
     if initialised:
         new = init_weights(config, as_key(key), tuple(initialised))
         for name, fresh_one in new.items():
-            weights[name] = _place(np.asarray(fresh_one, dtype), specs[name].axes, sharding)
+            weights[name] = place(np.asarray(fresh_one, dtype), name, specs[name])
     report = LoadReport(directory, tuple(files), tuple(initialised), tuple(dropped))
     return build(config, weights, name=directory.name, source=directory), report
 

@@ -2,6 +2,7 @@
 and what it saves."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,13 @@ import pytest
 import mlfs_jax as mlfs
 from mlfs_jax.backbone.quantised import NF4, Quantised, dequantised
 from mlfs_jax.errors import ConfigError
+from mlfs_jax.hf.export import export_hf
+from mlfs_jax.hf.gguf_tokenizer import PRE_TOKENIZERS
+from mlfs_jax.hf.gguf_write import export_gguf
+from mlfs_jax.hf.load import from_pretrained
+from mlfs_jax.sharding import make_mesh, sharding_of
 from mlfs_jax.supernet import TrainState
+from tests.mlfs.gguf_files import byte_level_tokenizer
 from tests.mlfs.tiny import tiny_decoder, tiny_model, tiny_tokens
 
 PUBLISHED = """-1.0 -0.6961928009986877 -0.5250730514526367 -0.39491748809814453 -0.28444138169288635
@@ -141,3 +148,21 @@ def test_what_cannot_be():
         mlfs.shard_base(mesh, model.quantise(8).base)
     with pytest.raises(ConfigError, match="base_bits = 8: a base on a mesh is not quantised"):
         model.replace(base=mlfs.shard_base(mesh, model.base)).quantise(8)
+
+
+@pytest.mark.parametrize("gguf", [False, True])
+def test_a_base_may_be_rounded_as_it_is_loaded(gguf, tmp_path):
+    folder = tmp_path / "model"
+    if gguf:
+        folder.mkdir()
+        source = byte_level_tokenizer(tmp_path / "words", PRE_TOKENIZERS["smollm"])
+        export_gguf(tiny_decoder("llama", vocab_size=405, embed=32).replace(source=source), folder / "m.gguf", "f32")
+    else:
+        export_hf(tiny_decoder(), folder)
+    after, before = from_pretrained(folder).quantise(4), from_pretrained(folder, base_bits=4)
+    assert isinstance(kernels(before)["layers.q.kernel"].get_value(), Quantised)
+    jax.tree.map(np.testing.assert_array_equal, after.base, before.base)
+    with pytest.raises(ConfigError, match="base_bits = 5: expected 4, 8 or 32"):
+        from_pretrained(folder, base_bits=5)
+    with pytest.raises(ConfigError, match="a base on a mesh is not quantised here"):
+        from_pretrained(folder, base_bits=8, sharding=partial(sharding_of, make_mesh("data=1")))
