@@ -4,6 +4,7 @@ Those of language take other pairs: perplexity summed losses and token counts, r
 """
 
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -95,7 +96,7 @@ class _Words:
     """rouge-score's default tokens (lower case, letters and digits), without its loss of all letters but a to z."""
 
     def tokenize(self, text: str) -> list[str]:
-        return re.findall(r"[^\W_]+", text.lower())
+        return re.findall(r"[^\W_]+", unicodedata.normalize("NFC", text).lower())
 
 
 def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:

@@ -43,6 +43,11 @@ class TrainState:
     opt_state: optax.OptState
     step: Int[Array, ""]
 
+    def apply_gradients(self, grads: Params, optimizer: optax.GradientTransformation) -> TrainState:
+        """The state a step later."""
+        updates, opt_state = optimizer.update(grads, self.opt_state, self.params)
+        return TrainState(optax.apply_updates(self.params, updates), opt_state, self.step + 1)
+
 
 @partial(jax.tree_util.register_dataclass, data_fields=["output", "taps"], meta_fields=[])
 @dataclass(frozen=True)
@@ -179,10 +184,6 @@ class Supernet:
         loss, grads = jax.value_and_grad(self.subnet_loss)(params, base, batch, teacher, mask, widths)
         return jax.tree.map(lambda t, g: t + weight * g, total, grads), loss
 
-    def _update(self, state: TrainState, grads: Params) -> TrainState:
-        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
-        return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
-
     # -- the compiled step ----------------------------------------------------------------------------------------
 
     @cached_property
@@ -197,7 +198,7 @@ class Supernet:
                 return self._add_subnet_grads(total, state.params, base, batch, teacher, mask, weight, None)
 
             grads, losses = jax.lax.scan(subnet, grads, (masks, weights[1:]))
-            return self._update(state, grads), jnp.concatenate([loss[None], losses])
+            return state.apply_gradients(grads, self.optimizer), jnp.concatenate([loss[None], losses])
 
         return jax.jit(step, donate_argnames="state", out_shardings=(self.places, None))
 
@@ -206,7 +207,11 @@ class Supernet:
         return (
             jax.jit(self._maxnet_grads, static_argnames="teaches"),
             jax.jit(self._add_subnet_grads, static_argnames="widths", donate_argnames="total"),
-            jax.jit(self._update, donate_argnames="state", out_shardings=self.places),
+            jax.jit(
+                partial(TrainState.apply_gradients, optimizer=self.optimizer),
+                donate_argnums=0,
+                out_shardings=self.places,
+            ),
         )
 
     def step(

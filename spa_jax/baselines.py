@@ -22,7 +22,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import safetensors.numpy as safetensors
 from jaxtyping import Array
 from rich.console import Console
@@ -241,8 +240,7 @@ def fit_baseline(
         def update(state: TrainState, base, batch):
             loss = lambda params: _loss(config, model, params, base, batch)  # noqa: E731
             value, grads = jax.value_and_grad(loss)(state.params)
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), value
+            return state.apply_gradients(grads, optimizer), value
 
         params = train_loop(
             run,

@@ -103,7 +103,7 @@ def _baseline(_args: Sequence[str] = ()):
         *,
         out: RunFolder,
     ) -> int:
-        """Train a baseline over the same frozen base; ``spa eval`` measures it.
+        """Train a baseline over the same frozen base; `spa eval` measures it.
 
         Args:
             out: folder of the run; new, empty, or holding the same run.

@@ -25,6 +25,7 @@ from mlfs_jax.model import Model, apply_head
 from mlfs_jax.sharding import replicated, shard_base, sharding_of
 from spa_jax.engine import Read
 from spa_jax.errors import PluginError
+from spa_jax.gate import gate_probability
 from spa_jax.model import make_frame
 from spa_jax.plugin import base_fingerprint
 from spa_jax.public import Public
@@ -168,7 +169,7 @@ def _extend(graphdef: nnx.GraphDef, base, gates, cache: Cache, hidden, slot, cou
     put = lambda x, new, axis: jax.lax.dynamic_update_slice_in_dim(x, new, slot, axis)  # noqa: E731
     cache = jax.tree.map(put, cache, row, axes)
     last = out.hidden[0, count - 1]
-    gate = _probability(gates[slot], out.hidden[0])
+    gate = _gate(gates[slot], out.hidden[0])
     token = apply_head(graphdef, base, last).argmax(-1)
     return cache, hidden.at[slot].set(last.astype(hidden.dtype)), (token, gate, taps, last.astype(jnp.float32))
 
@@ -179,7 +180,7 @@ def _step(graphdef, base, gates, cache: Cache, hidden, tokens: Int[Array, " B"],
     out, taps = _forward(graphdef, base, cache, tokens[:, None], active[:, None])
     cache = Cache(out.cache.k, out.cache.v, out.cache.valid, cache.length + active)
     last = out.hidden[:, 0]
-    gate = jax.vmap(_probability)(gates, last)
+    gate = jax.vmap(_gate)(gates, last)
     token = apply_head(graphdef, base, last).argmax(-1)
     hidden = jnp.where(active[:, None], last.astype(hidden.dtype), hidden)
     return cache, hidden, (token, gate, taps, hidden)
@@ -197,7 +198,6 @@ def _forward(graphdef, base, cache: Cache, tokens: Int[Array, "B T"], real: Bool
     return out, make_frame(out, tuple(range(out.taps.shape[0])), real).taps
 
 
-def _probability(gate: Float[Array, "rows 2"], hidden: Float[Array, "... D"]) -> Float[Array, "..."]:
-    """As :func:`spa_jax.gate.gate_probability`, kernel and bias in one."""
-    both = hidden.astype(jnp.float32) @ gate[:-1] + gate[-1]
-    return jax.nn.sigmoid(both[..., 1] - both[..., 0])
+def _gate(rows: Float[Array, "D+1 2"], hidden: Float[Array, "... D"]) -> Float[Array, "..."]:
+    """p of a gate as it travels: the bias below the kernel."""
+    return gate_probability({"kernel": rows[:-1], "bias": rows[-1]}, hidden)

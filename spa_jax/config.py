@@ -55,8 +55,8 @@ class FitConfig:
         cache_gb: the most that cached taps may take.
         taps_folder: for "disk": where, to be kept for other runs on the same data; by default in the run's folder,
             until the run is finished.
-        base_bits: 8 or 4: the frozen base's layers are kept in so many (:meth:`mlfs_jax.Model.quantise`); 32: as they
-            are. A plugin is of the base that it was fitted to: serve that one with the same bits.
+        base_bits: 8 or 4: the frozen base's layers are kept in so many, with a scale for each 64 inputs; 32: as
+            they are. A plugin is of the base that it was fitted to: serve that one with the same bits.
         max_length: tokens of prompt and completion; the default is the task's.
         buckets: lengths that batches are padded to (each is one more compile of the step).
         limit: at most this many examples of each split.

@@ -67,8 +67,7 @@ class Workload:
 
         def step(state, base, batch):
             value, grads = jax.value_and_grad(loss)(state.params, base, batch)
-            updates, opt_state = OPTIMIZER.update(grads, state.opt_state)
-            return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), value
+            return state.apply_gradients(grads, OPTIMIZER), value
 
         return jax.jit(step, donate_argnums=0).lower(_state_of(lora), base, self.tokens)
 

@@ -102,8 +102,7 @@ class SideTrainer:
 
         def step(state: TrainState, base, batch, ladders, key):
             loss, grads = jax.value_and_grad(self.loss)(state.params, base, batch, ladders, key)
-            updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
-            return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), loss
+            return state.apply_gradients(grads, self.optimizer), loss
 
         return jax.jit(step, donate_argnames="state", out_shardings=(self.places, None))
 

@@ -40,7 +40,7 @@ class GenerateConfig:
         temperature: of random sampling; 0: no sampling.
         top_k: sample from the k most likely tokens; 0: from all.
         top_p: sample from the fewest most likely tokens that have this probability together; 1: from all.
-        stop_tokens: ids that end a text; None: the model's own (``config.eos_token_ids``).
+        stop_tokens: ids that end a text; None: the model's own.
 
     Raises:
         ConfigError: a value out of range, or one that would have no effect.

@@ -1,5 +1,7 @@
 """Metrics against scikit-learn and SciPy."""
 
+import unicodedata
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -75,6 +77,7 @@ def test_rouge_keeps_letters_that_english_has_not():
     assert metrics.rouge_l(["économiste née"], ["économiste né"]) == pytest.approx(0.5)
     assert metrics.rouge(["государство"], ["Государство"]) == {"rouge1": 1, "rouge2": 0, "rougeL": 1}
     assert metrics.rouge1(["", "a"], ["a", "a"]) == 0.5
+    assert metrics.rouge1([unicodedata.normalize("NFD", "économiste né")], ["économiste né"]) == 1
 
 
 def test_rouge_needs_pairs_of_texts():
