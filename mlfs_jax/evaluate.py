@@ -5,11 +5,13 @@ from __future__ import annotations
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from mlfs_jax.data.batches import eval_batches, prompt_batches
 from mlfs_jax.data.encode import Encoded, load_tokenizer
+from mlfs_jax.distill import task_loss
 from mlfs_jax.generate import GenerateConfig, generate
 from mlfs_jax.hosts import to_host
 from mlfs_jax.metrics import get_metric, perplexity, rouge
@@ -37,13 +39,9 @@ def evaluate(model: Model, encoded: Encoded, metric: str, *, batch_size: int = 6
     if model.config.head == "lm":
         return _evaluate_language(model, encoded, min(batch_size, 16))
     logits, labels = predict(model, encoded, batch_size=batch_size)
-    if model.config.problem == "regression":
-        predictions = logits[:, 0]
-        loss = np.mean((predictions - labels) ** 2)
-    else:
-        predictions = logits.argmax(-1)
-        log_norm = np.logaddexp.reduce(logits, -1)
-        loss = np.mean(log_norm - logits[np.arange(len(labels)), labels])
+    problem = model.config.problem
+    predictions = logits[:, 0] if problem == "regression" else logits.argmax(-1)
+    loss = task_loss(jnp.asarray(logits), jnp.asarray(labels), problem)
     return {metric: float(get_metric(metric)(predictions, labels)), "loss": float(loss)}
 
 

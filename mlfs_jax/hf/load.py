@@ -204,8 +204,8 @@ def load_checkpoint(
                         f"{slot.shape}."
                     )
             used.update(family.canonical(tensor.key) for tensor in found)
-            for name, value in slot.to_ours(tensor.read(dtype) for tensor in found).items():
-                weights[name] = place(value, name, specs[name])
+            for ours, value in slot.to_ours(tensor.read(dtype) for tensor in found).items():
+                weights[ours] = place(value, ours, specs[ours])
         if missing:
             raise CheckpointError(
                 f"{directory} lacks {some(missing)} ({len(missing)} in all); looked in {', '.join(files)}."
@@ -214,8 +214,8 @@ def load_checkpoint(
 
     if initialised:
         new = init_weights(config, as_key(key), tuple(initialised))
-        for name, fresh_one in new.items():
-            weights[name] = place(np.asarray(fresh_one, dtype), name, specs[name])
+        for ours, fresh_one in new.items():
+            weights[ours] = place(np.asarray(fresh_one, dtype), ours, specs[ours])
     report = LoadReport(directory, tuple(files), tuple(initialised), tuple(dropped))
     return build(config, weights, name=directory.name, source=directory), report
 
