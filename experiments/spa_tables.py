@@ -7,6 +7,7 @@ own data, for those who have them):
 * Table 3: S1 (f + g always), S2 (f or g), S3 (g alone), SPA (f + sigma g)            Rouge-1/2/L, usage
 * Tables 5, 6: small, medium and full data; the gate by itself (p >= 1/2), no budget  Rouge-L, usage
 * ours: Table 3 on all the training data that there is, where full is a part of it
+* ours: SPA on small and full data, begun with what a plugin learnt on all data of the other task  Rouge-L, usage
 * Table 7: how often the two sides differ, and whom the gate then picks               diff, pick
 * Gates (ours): each way to train one over the same side network, at equal usage    pick, accuracy, loss
 * Figure 3: released plugins with their blocks in a row (serial) and side by side (parallel), and the ladder, by epoch
@@ -155,9 +156,12 @@ class Bench:
         test = self.data["test"]
         self.test = test if self.preset.test is None else test.subset(self.preset.test)
 
+    def folder(self, name: str) -> Path:
+        return self.runs / self.task.replace("/", "-") / str(self.seed) / name
+
     def fit(self, name: str, size: int | None = None, **changes) -> tuple[spa.Plugin, dict]:
         """A plugin, trained or found in its folder, and what it does on the validation split."""
-        out = self.runs / self.task.replace("/", "-") / str(self.seed) / name
+        out = self.folder(name)
         fitted = spa.fit(self.config(size, **changes), out, model=self.model, console=self.console)
         if fitted is None:
             raise KeyboardInterrupt
@@ -186,7 +190,7 @@ def baseline(bench: Bench, method: str) -> dict:
     steps = max(20, (like.limit or 0) // like.batch_size)
     trained = spa.fit_baseline(
         spa.BaselineConfig(method, like.model, like.task, steps=steps, **shared),
-        bench.runs / bench.task.replace("/", "-") / str(bench.seed) / method,
+        bench.folder(method),
         model=bench.model,
         console=bench.console,
     )
@@ -208,6 +212,17 @@ def on_all(bench: Bench, trained: str, **how) -> dict:
     """A setting trained on all examples there are, where the preset's tables are of some."""
     size = len(bench.data["train"])
     return bench.score(bench.fit(f"{trained}-{size}", size, setting=trained), **how)
+
+
+def started(bench: Bench, share: float, **how) -> dict:
+    """SPA whose side network begins as the one that is trained on all examples of another task (seed 0, for all)."""
+    other = next(task for task in bench.preset.tasks if task != bench.task)
+    source = Bench(bench.preset, other, 0, bench.model, bench.runs, bench.console)
+    everything = len(source.data["train"])
+    source.fit(f"spa-{everything}", everything)
+    size = round(share * (bench.preset.train or len(bench.data["train"])))
+    start = str(source.folder(f"spa-{everything}"))
+    return bench.score(bench.fit(f"spa-started-{size}", size, start=start), **how)
 
 
 def curve(bench: Bench, side: spa.SideConfig) -> dict:
@@ -317,6 +332,8 @@ JOBS: dict[str, Callable[[Bench], dict]] = {
     "gates": gates,
     "spa, small": lambda b: sized(b, b.preset.small),
     "spa, medium": lambda b: sized(b, b.preset.medium),
+    "spa, started": lambda b: started(b, 1.0),
+    "spa, small, started": lambda b: started(b, b.preset.small, threshold=0.5),
     "spa, all": lambda b: on_all(b, "spa"),
     "s1, all": lambda b: on_all(b, "spa", setting="s1", threshold=0.0),
     "spa, no budget, all": lambda b: on_all(b, "spa", threshold=0.5),
@@ -328,7 +345,7 @@ JOBS: dict[str, Callable[[Bench], dict]] = {
     "ladder": lambda b: curve(b, spa.SideConfig(every=b.preset.every)),
 }
 SEEDLESS = ("zero-shot", "one-shot")
-LONG = ("lora", "adapter", "parallel-adapter", *(job for job in JOBS if job.endswith(", all")))
+LONG = ("lora", "adapter", "parallel-adapter", *(job for job in JOBS if job.endswith((", all", ", started"))))
 """Only when ``--jobs`` names them: hours more on two cores."""
 
 
@@ -336,6 +353,10 @@ TABLES = {
     "Table 1": (("zero-shot", "one-shot", "s3", "spa", "lora", "adapter", "parallel-adapter"), ("rougeL",)),
     "Table 3: settings": (("s1", "s2", "s3", "spa"), ("rouge1", "rouge2", "rougeL", "usage")),
     "Tables 5 and 6: data; the gate at 1/2": (("spa, small", "spa, medium", "spa, no budget"), ("rougeL", "usage")),
+    "Another task's plugin as the start": (
+        ("spa, small", "spa, small, started", "spa", "spa, started"),
+        ("rougeL", "usage"),
+    ),
     "Table 3, all data": (
         ("s1, all", "s2, all", "s3, all", "spa, all", "spa, priced, all"),
         ("rouge1", "rouge2", "rougeL", "usage"),

@@ -47,7 +47,8 @@ class FitConfig:
         learning_rate: the peak: linear warm-up, then cosine to 0.
         batch_size: examples in a step.
         side: shape of the side network.
-        start: "sliced" out of the backbone by importance, or "random"; by default sliced for a ladder.
+        start: "sliced" out of the backbone by importance, "random", or the folder of a finished run over the same base,
+            whose side network learns on; by default sliced for a ladder.
         importance_examples: training examples that the importance is measured on.
         gate: how the gate is trained and set.
         calibration_examples: of the validation split, that the threshold is chosen on.
@@ -99,10 +100,8 @@ class FitConfig:
         ):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} = {getattr(self, name)}: expected at least {least}.")
-        if self.start not in (None, *STARTS) or (self.start == "sliced" and self.side.ladder == "plugin"):
-            raise ConfigError(
-                f"start = {self.start!r} of a {self.side.ladder}: expected 'sliced' (ladders) or 'random'."
-            )
+        if self.start == "sliced" and self.side.ladder == "plugin":
+            raise ConfigError("start = 'sliced' of a plugin, which has no blocks like the backbone's: give 'random'.")
         if self.cache_taps not in TAPS:
             raise ConfigError(f"cache_taps = {self.cache_taps!r}: expected one of {', '.join(TAPS)}.")
         if self.taps_folder is not None and self.cache_taps != "disk":
@@ -129,9 +128,13 @@ class FitConfig:
 
     def anywhere(self) -> FitConfig:
         """The same with local paths in full, so that the run folder opens from anywhere."""
-        taps = self.taps_folder and str(Path(self.taps_folder).expanduser().absolute())
+        absolute = lambda path: str(Path(path).expanduser().absolute())  # noqa: E731
         return dataclasses.replace(
-            self, model=from_anywhere(self.model), task=from_anywhere(self.task), taps_folder=taps
+            self,
+            model=from_anywhere(self.model),
+            task=from_anywhere(self.task),
+            taps_folder=self.taps_folder and absolute(self.taps_folder),
+            start=self.start if self.start in (None, *STARTS) else absolute(self.start),
         )
 
     def get_task(self) -> Task:

@@ -43,9 +43,10 @@ from mlfs_jax.run import Run, write_atomic
 from mlfs_jax.sharding import check_rows, feed, mesh_of, mesh_of_job, replicated, shard_base, state_shardings
 from mlfs_jax.supernet import TrainState
 from mlfs_jax.vocab import CHUNK, Hidden, lm_loss
-from spa_jax.config import FIT, FitConfig
+from spa_jax.config import FIT, STARTS, FitConfig
 from spa_jax.decode import rates
-from spa_jax.gate import ALWAYS, calibration_curve, choose_threshold
+from spa_jax.errors import PluginError
+from spa_jax.gate import ALWAYS, calibration_curve, choose_threshold, init_gate
 from spa_jax.gate_fit import GateConfig, fit_gate
 from spa_jax.ladders import LadderCache, spread
 from spa_jax.loop import progress, train_loop
@@ -162,7 +163,7 @@ def fit(
     if mesh is not None and mesh_of(model.base) is None:
         model = model.replace(base=shard_base(mesh, model.base))
     mesh = mesh_of(model.base)
-    config.side.resolve(model.decoder)  # what is wrong is said before the folder is made
+    first = _first(config, model)  # what is wrong is said before the folder is made
     data = config.load_data(task, model)
     for_side, for_gate = config.split(data["train"])
     _batch_size(config, for_side, mesh)
@@ -171,7 +172,7 @@ def fit(
         if run.finished:
             console.print(f"{run.path} is finished; `spa eval` measures it.")
             return load_run(run.path, model=model)
-        side = _train_side(config, model, for_side, run, stop, mesh, console)
+        side = _train_side(config, model, first, for_side, run, stop, mesh, console)
         if side is None:
             stop.announce(console)
             return None
@@ -187,9 +188,31 @@ def fit(
     return Fitted(config, model, plugin)
 
 
+def _first(config: FitConfig, model: Model) -> Side | None:
+    """The side network of another run that this one begins with, if that is its start."""
+    wanted, setting = config.side.resolve(model.decoder), Setting.parse(config.setting)
+    if config.start in (None, *STARTS):
+        return None
+    try:
+        other = load_plugin(config.start)
+    except PluginError as e:
+        raise ConfigError(f"start: {e} Expected 'sliced' (of ladders), 'random', or such a folder.") from None
+    side = other.check(model.decoder, model.base, model.source).side
+    found, asked = dataclasses.asdict(side.config), dataclasses.asdict(wanted)
+    if different := [f"--side.{name} {found[name]}" for name in found if found[name] != asked[name]]:
+        raise ConfigError(f"start: the side network in {config.start} is of another shape; give {' '.join(different)}.")
+    if other.setting.adds != setting.adds:
+        raise ConfigError(
+            f"start: the side network in {config.start} was made for {other.setting}, where it "
+            f"{'adds to the base' if other.setting.adds else 'stands alone'}; with {setting} it would not."
+        )
+    return side.replace(gate=init_gate(model.decoder.embed) if setting.gated else {})
+
+
 def _train_side(
     config: FitConfig,
     model: Model,
+    first: Side | None,
     train: Encoded,
     run: Run,
     stop: Preemption,
@@ -199,7 +222,7 @@ def _train_side(
     root, setting = jax.random.key(config.seed), Setting.parse(config.setting)
     started = decided(Checkpoints(run.checkpoints).latest() is not None)  # a start that is replaced is not measured
     importance = importance_of(config, model, train) if config.sliced and not started else None
-    side = init_side(
+    side = first or init_side(
         root, model.decoder, config.side, setting=setting, model=model if importance else None, importance=importance
     )
     batches = Batches(train, _batch_size(config, train, mesh), seed=config.seed, buckets=config.buckets)

@@ -8,6 +8,8 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -178,6 +180,23 @@ def test_a_damaged_importance_is_measured_anew(config, tmp_path):
     file.write_bytes(file.read_bytes()[:100])
     again = fit(config, tmp_path / "two", console=QUIET)
     jax.tree.map(np.testing.assert_array_equal, first.plugin.side, again.plugin.side)
+
+
+def test_a_side_network_begins_where_another_ended(config, tmp_path, monkeypatch):
+    first = fit(dataclasses.replace(config, setting="s1"), tmp_path / "one", console=QUIET).plugin.side
+    monkeypatch.chdir(tmp_path)
+    still = dataclasses.replace(config, user="alice", seed=7, start="one", steps=1, learning_rate=1e-12)
+    fitted = fit(still, "two", console=QUIET)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-9), fitted.plugin.side.net, first.net)
+    assert fitted.config.start == str(tmp_path / "one") and load_run("two").config == fitted.config
+    for message, changes in (
+        (r"start: .* holds no plugin .* Expected 'sliced' \(of ladders\), 'random', or", {"start": "slicd"}),
+        (r"of another shape; give --side\.width 8\.$", {"side": dataclasses.replace(LADDER, width=12)}),
+        ("made for s1, where it adds to the base; with s2 it would not", {"setting": "s2"}),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            fit(dataclasses.replace(still, **changes), "three", console=QUIET)
+        assert not Path("three").exists()
 
 
 def test_every_kind_and_setting_fits(config, tmp_path):
