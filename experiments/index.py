@@ -233,6 +233,12 @@ SPA = (
         ),
     ),
     Row(
+        "a start with another task's plugin",
+        "[ours] a plugin that begins with what another has learnt, on much data of the other task, is the better one",
+        f'{TABLES} --tasks wiki-description-es --jobs "spa, started" "spa, small, started"',
+        jobs({"spa, started": "begun so", "spa": "SPA"}, "rougeL"),
+    ),
+    Row(
         "Fig. 3, blocks",
         "plugin blocks side by side or in a row, by epoch (our notes do not say which wins)",
         TABLES,

@@ -179,6 +179,8 @@ SPA_JOBS = {
     "spa, no budget": "SPA, threshold 1/2",
     "spa, medium": "SPA, threshold 1/2, medium data",
     "spa, small": "SPA, threshold 1/2, small data",
+    "spa, small, started": "SPA, threshold 1/2, small data, begun with a plugin of all data of the other task",
+    "spa, started": "SPA, threshold for the wanted usage, begun with a plugin of all data of the other task",
     "s1": "S1: the side network at every token",
     "s3, all": "S3 (LST), all training data",
     "s2, all": "S2, all training data",

@@ -130,7 +130,7 @@ class Palette:
             + (f" (always the commonest class: {self.baseline:.3f})" if self.baseline else "")
             + ". body: parameters without the embedding tables; as HF: of its checkpoint, padding included. GFLOP and "
             f"milliseconds of one forward pass of the sliced model at {self.length} tokens, on {self.device}; in "
-            "brackets: share of the maxnet's time."
+            "brackets: share of the maxnet's time in the same round. Medians over rounds."
             + (" tok/s: decoded in a second, all texts together." if self.rows[0].tokens_per_s else "")
         )
         table = Table(caption=caption, caption_justify="left", box=None, padding=(0, 1, 0, 0), header_style="bold")
