@@ -61,7 +61,7 @@ class BaselineConfig:
         model: a name of the catalogue, a hub id, a local Hugging Face directory, or a GGUF file.
         task: a language task's name, or a .jsonl file with prompt, completion and perhaps user.
         seed: of new weights and of the order of the data.
-        steps: optimizer steps.
+        steps: optimizer steps; by default 600, and of "lst" as many as of other side networks.
         learning_rate: the peak; by default 1e-3, and 2e-3 for "lst", as for other side networks.
         batch_size: examples in a step.
         params: about how many parameters to train; by default as many as the default side network of this base has.
@@ -78,7 +78,7 @@ class BaselineConfig:
     model: str
     task: str
     seed: int = 0
-    steps: int = 600
+    steps: int | None = None
     learning_rate: float | None = None
     batch_size: int = 16
     params: int | None = None
@@ -221,7 +221,9 @@ def fit_baseline(
     if config.method == "lst":
         raise ConfigError("lst is a side network alone: fit it with setting 's3' (`spa fit --setting s3`).")
     console = console or Console()
-    config = dataclasses.replace(config, model=from_anywhere(config.model), task=from_anywhere(config.task))
+    config = dataclasses.replace(
+        config, model=from_anywhere(config.model), task=from_anywhere(config.task), steps=config.steps or 600
+    )
     shared = config.fit_config
     task, model = shared.get_task(), shared.load_model(loaded=model)
     data = shared.load_data(task, model)

@@ -43,7 +43,8 @@ class FitConfig:
         setting: spa, s1 (always f + g), s2 (the gate picks f or g) or s3 (g alone: LST).
         user: only this user's examples.
         seed: of new weights and of the order of the data.
-        steps: optimizer steps of the side network.
+        steps: optimizer steps of the side network; by default six epochs of its examples, and 600 at most: what few
+            examples have to say is soon learnt by heart.
         learning_rate: the peak: linear warm-up, then cosine to 0.
         batch_size: examples in a step.
         side: shape of the side network.
@@ -69,7 +70,7 @@ class FitConfig:
     setting: str = "spa"
     user: str | None = None
     seed: int = 0
-    steps: int = 600
+    steps: int | None = None
     learning_rate: float = 2e-3
     batch_size: int = 16
     side: SideConfig = field(default_factory=SideConfig)
@@ -98,8 +99,8 @@ class FitConfig:
             ("importance_examples", 1),
             ("calibration_examples", 1),
         ):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} = {getattr(self, name)}: expected at least {least}.")
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ConfigError(f"{name} = {value}: expected at least {least}.")
         if self.start == "sliced" and self.side.ladder == "plugin":
             raise ConfigError("start = 'sliced' of a plugin, which has no blocks like the backbone's: give 'random'.")
         if self.cache_taps not in TAPS:
@@ -121,6 +122,10 @@ class FitConfig:
     @property
     def optimizer(self) -> optax.GradientTransformation:
         return Stage("side", "maxnet", self.steps, self.learning_rate).optimizer()
+
+    def for_examples(self, count: int) -> FitConfig:
+        """The same with the steps that so many training examples are worth, where none were asked for."""
+        return dataclasses.replace(self, steps=self.steps or min(600, max(20, 6 * count // self.batch_size)))
 
     @property
     def sliced(self) -> bool:

@@ -166,6 +166,7 @@ def fit(
     first = _first(config, model)  # what is wrong is said before the folder is made
     data = config.load_data(task, model)
     for_side, for_gate = config.split(data["train"])
+    config = config.for_examples(len(for_side))
     _batch_size(config, for_side, mesh)
     saved = {**config.to_json(), "data": fingerprint(data)}
     with preemption() as stop, Run.create_or_resume(out, saved, kind=FIT) as run:

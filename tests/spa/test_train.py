@@ -182,6 +182,15 @@ def test_a_damaged_importance_is_measured_anew(config, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, first.plugin.side, again.plugin.side)
 
 
+def test_few_examples_are_seen_six_times(config, tmp_path):
+    unsaid = dataclasses.replace(config, steps=None, limit=80, setting="s1", batch_size=16)
+    fitted = fit(unsaid, tmp_path / "run", console=QUIET)
+    assert fitted.config.steps == 6 * 80 // 16 == len(Run.open(tmp_path / "run").history())
+    assert fit(unsaid, tmp_path / "run", console=QUIET).config == fitted.config
+    assert unsaid.for_examples(10).steps == 20 and unsaid.for_examples(10**6).steps == 600
+    assert config.for_examples(10**6).steps == config.steps
+
+
 def test_a_side_network_begins_where_another_ended(config, tmp_path, monkeypatch):
     first = fit(dataclasses.replace(config, setting="s1"), tmp_path / "one", console=QUIET).plugin.side
     monkeypatch.chdir(tmp_path)
