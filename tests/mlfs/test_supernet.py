@@ -10,6 +10,7 @@ import mlfs_jax as mlfs
 from mlfs_jax.distill import DistillConfig, init_projection
 from mlfs_jax.errors import ConfigError
 from mlfs_jax.model import abstract, forward
+from mlfs_jax.slicing import slice_lora
 from mlfs_jax.supernet import Supernet, gradient_weights, trainable_params
 from tests.mlfs.tiny import tiny_batch, tiny_config, tiny_lora, tiny_model
 
@@ -145,6 +146,38 @@ def test_a_small_subnet_learns_to_follow_the_maxnet(divergence):
         losses.append(np.asarray(step_losses))
     assert losses[-1][0] < 0.5 * losses[0][0]
     assert losses[-1][1] < 0.5 * losses[0][1]
+
+
+@pytest.mark.parametrize("execution", ["masked", "sliced"])
+def test_a_step_descends_the_weighted_sum_of_the_losses(execution):
+    """MLFS's loss of the maxnet and of two subnets, written out: (1 - alpha) CE + alpha tau^2 KL, weighed by size."""
+    model, alpha, tau, gamma = tiny_model(), 0.3, 2.0, 0.7
+    batch, lora, config = tiny_batch(model.config), tiny_lora(model), model.config
+    subnets = space(config).minnet, space(config).sample(jax.random.key(1))
+    supernet = Supernet(config, DistillConfig(alpha=alpha, tau=tau, beta=0), optax.sgd(1.0), execution)
+    cut = [slice_lora(config, model.base, lora, subnet) for subnet in (space(config).maxnet, *subnets)]
+    sizes = [sum(x.size for x in jax.tree.leaves(one)) for one in cut]
+    weights = np.array([(sizes[0] / n) ** gamma for n in sizes])
+    weights *= len(weights) / weights.sum()
+
+    def total(lora):
+        def cross_entropy(logits):
+            return -jax.nn.log_softmax(logits)[np.arange(3), batch["labels"]].mean()
+
+        teacher = forward(model.graphdef, model.base, batch, lora=lora).logits
+        losses, p = [cross_entropy(teacher)], jax.nn.softmax(jax.lax.stop_gradient(teacher) / tau)
+        for subnet in subnets:
+            mask = mlfs.make_mask(config, subnet)
+            logits = forward(model.graphdef, model.base, batch, lora=lora, mask=mask).logits
+            kl = (p * (jnp.log(p) - jax.nn.log_softmax(logits / tau))).sum(-1).mean()
+            losses.append((1 - alpha) * cross_entropy(logits) + alpha * tau**2 * kl)
+        return weights @ jnp.stack(losses), jnp.stack(losses)
+
+    (_, losses), grads = jax.value_and_grad(total, has_aux=True)(lora)
+    state, found = supernet.step(supernet.init({"lora": tiny_lora(model)}), model.base, batch, subnets, gamma)
+    np.testing.assert_allclose(found, losses, rtol=1e-4)
+    expected = jax.tree.map(lambda x, g: x - g, lora, grads)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state.params["lora"], expected)
 
 
 def test_alpha_zero_and_beta_zero_is_plain_fine_tuning_of_the_slice():

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+import mlfs_jax as mlfs
+from mlfs_jax import distill
 from mlfs_jax.backbone.quantised import Quantised
 from mlfs_jax.backbone.tree import flatten
 from mlfs_jax.data.batches import eval_batches
@@ -21,6 +23,7 @@ from mlfs_jax.vocab import Hidden, lm_loss
 from spa_jax.adapters import adapted, count_adapters, init_adapters
 from spa_jax.baselines import (
     BaselineConfig,
+    _loss,
     budget,
     fit_baseline,
     init_params,
@@ -93,6 +96,20 @@ def test_shared_layers_are_one_set_of_weights(config):
     np.testing.assert_array_equal(up[0], up[1])
     np.testing.assert_array_equal(up[2], model.base["layers"]["up"]["kernel"][...][2])
     assert np.isfinite(forward(small.graphdef, small.base, tiny_tokens(model.config)).logits).all()
+
+
+def test_shared_layers_learn_from_the_base(config):
+    """Half cross-entropy, half KL(base || small), over the tokens that count."""
+    model = tiny_decoder()
+    config, batch = dataclasses.replace(config, method="shared", repeats=2), tiny_tokens(model.config)
+    params = init_params(config, model)
+    small = shared_model(config, model, params)
+    ours, teacher = (forward(m.graphdef, m.base, batch).logits[:, :-1] for m in (small, model))
+    counts, labels = batch["loss_mask"][:, 1:], batch["input_ids"][:, 1:, None]
+    picked = jnp.take_along_axis(jax.nn.log_softmax(ours), labels, -1)[..., 0]
+    kl = distill.kl(teacher, ours, mlfs.DistillConfig().tau)
+    expected = (counts * (0.5 * kl - 0.5 * picked)).sum() / counts.sum()
+    np.testing.assert_allclose(_loss(config, model, params, model.base, batch), expected, rtol=1e-4)
 
 
 def test_a_quantised_base_is_trained_beside(config, tmp_path, tiny_lm):

@@ -50,6 +50,9 @@ def test_where_g_stands_alone_a_gate_learns_which_side_is_likelier():
     assert p[better].mean() > 0.6 > 0.4 > p[worse].mean()
     curve = calibration_curve(p, held.base_nll, held.side_nll)
     assert min(point["loss"] for point in curve) < min(held.base_nll.mean(), held.side_nll.mean()) - 0.3
+    best = np.minimum(held.base_nll, held.side_nll).mean()  # no choice of as many tokens is better than the oracle's
+    assert all(best - 1e-6 <= point["oracle"] <= point["loss"] + 1e-6 for point in curve)
+    assert curve[0]["oracle"] == pytest.approx(held.base_nll.mean())
 
 
 @pytest.mark.parametrize("method", ["marginal", "straight-through"])

@@ -10,7 +10,9 @@ import pytest
 import spa_jax as spa
 from mlfs_jax.errors import ConfigError, UnknownNameError
 from mlfs_jax.importance import Importance
-from spa_jax.side import abstract_net, block_config
+from spa_jax.model import cloud_step
+from spa_jax.seam import Frame
+from spa_jax.side import abstract_net, block_config, device_step, init_side_cache
 from spa_jax.start import best_units
 from tests.mlfs.tiny import tiny_decoder, tiny_tokens
 from tests.spa.tiny_side import KINDS, LADDER, PLUGIN, tiny_side
@@ -36,6 +38,33 @@ def test_a_ladder_stands_beside_every_family(family):
     assert np.isfinite(out.logits[np.asarray(batch["attention_mask"], bool)]).all()
     axes = spa.side_axes(side.config, side.backbone)
     assert {name: len(a) for name, a in axes.items()} == {name: x.ndim for name, x in side.net.items()}
+
+
+def test_blocks_see_as_far_as_the_layers_they_stand_beside():
+    config = tiny_decoder("gemma2").config
+    assert config.windows == (4, 0, 4)
+    assert block_config(dataclasses.replace(LADDER, every=1).resolve(config), config).windows == (4, 0, 4)
+    wide = config.replace(layers=4, windows=(4, 0, 4, 0))
+    assert block_config(LADDER.resolve(wide), wide).windows == (0, 0)
+
+
+def test_padding_behind_a_chunk_takes_no_slot():
+    model = tiny_decoder()
+    side, batch = tiny_side(model), tiny_tokens(model.config, batch=2, length=7)
+    batch["attention_mask"] = jnp.ones_like(batch["attention_mask"])
+    frame = cloud_step(model.graphdef, model.base, {}, None, batch, tapped=side.tapped).frame
+    whole, _ = device_step(side, None, frame)
+
+    def part(begin, end):
+        return Frame(frame.taps[:, :, begin:end], frame.positions[:, begin:end], frame.real[:, begin:end])
+
+    first = part(0, 6)
+    first = first.replace(real=first.real & (jnp.arange(6) < 4))  # the last two of the chunk are filling
+    g, cache = device_step(side, init_side_cache(side, 2, 16), first)
+    np.testing.assert_allclose(g[:, :4], whole[:, :4], atol=1e-5)
+    assert cache.length.tolist() == [4, 4]
+    g, _ = device_step(side, cache, part(4, 7))
+    np.testing.assert_allclose(g, whole[:, 4:], atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

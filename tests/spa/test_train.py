@@ -27,8 +27,10 @@ from spa_jax.baselines import load_baseline
 from spa_jax.config import FitConfig
 from spa_jax.errors import PluginError, TapCacheError
 from spa_jax.evaluate import load_split
-from spa_jax.gate_fit import GateConfig
+from spa_jax.gate_fit import GateConfig, fit_gate
 from spa_jax.plugin import load_plugin, save_plugin
+from spa_jax.score import score_tokens
+from spa_jax.seam import Frame
 from spa_jax.train import SideTrainer, fit, fit_users, load_run
 from tests.spa.conftest import save_tokenizer
 from tests.spa.tiny_side import LADDER, PLUGIN
@@ -118,6 +120,12 @@ def test_a_plugin_learns_the_task_and_its_gate_is_set_for_the_usage(config, tmp_
     assert result["usage"] == pytest.approx(0.6, abs=0.1)
     assert result["side_loss"] < result["gated_loss"] < result["base_loss"]
     plugin = fitted.plugin
+    train = config.load_data(config.get_task(), fitted.model)["train"]
+    for_side, for_gate = config.split(train)  # the gate learns from examples that the side network has not seen
+    assert len(for_side) + len(for_gate) == len(train) and len(for_gate) == round(config.gate.share * len(train))
+    scores = score_tokens(fitted.model, plugin.side, "spa", for_gate)
+    gate = fit_gate(scores, config.gate, spa.Setting.SPA, jax.random.key(config.seed))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), gate, plugin.side.gate)
     assert plugin.threshold_for(0.0) == 2.0 and plugin.threshold_for(1.0) == 0.0
     assert plugin.threshold_for(0.9) < plugin.threshold < plugin.threshold_for(0.2)
     assert plugin.threshold_for(None) == plugin.threshold
@@ -206,6 +214,19 @@ def test_a_side_network_begins_where_another_ended(config, tmp_path, monkeypatch
         with pytest.raises(ConfigError, match=message):
             fit(dataclasses.replace(still, **changes), "three", console=QUIET)
         assert not Path("three").exists()
+
+
+def test_sparse_memory_learns_with_holes(config, tiny_lm):
+    """Of each text a share of its own, between a fifth and all, is seen."""
+    model = from_pretrained(tiny_lm)
+    frame = Frame(None, None, np.ones((400, 200), bool))
+    for memory, setting, holes in (("sparse", "spa", True), ("sparse", "s1", False), ("lazy", "spa", False)):
+        side = spa.init_side(jax.random.key(0), model.config, dataclasses.replace(LADDER, memory=memory))
+        seen = SideTrainer(model.graphdef, side, spa.Setting(setting), config.optimizer)._seen(frame, jax.random.key(1))
+        assert (seen is not None) == holes
+        if holes:
+            shares = np.asarray(seen).mean(1)
+            assert 0.1 < shares.min() < 0.3 and shares.max() > 0.9 and shares.mean() == pytest.approx(0.6, abs=0.04)
 
 
 def test_every_kind_and_setting_fits(config, tmp_path):
