@@ -66,6 +66,17 @@ def test_adapters(kind):
     assert not [name for name, g in jax.grad(loss)(noisy).items() if not np.abs(g).max() > 0]
 
 
+def test_a_parallel_adapter_counts_four_times():
+    """MAM, section 4.4. With biases alone an adapter adds a constant, wherever it reads."""
+    model, logits = tiny_decoder(), {}
+    for kind, size in (("houlsby", 0.4), ("parallel", 0.1)):
+        params = init_adapters(jax.random.key(0), model.config, kind, 5)
+        bias = np.random.default_rng(0).normal(0, size, params["layers.mlp_adapter.up.bias"].shape)
+        tuned = adapted(model, kind, params | {"layers.mlp_adapter.up.bias": jnp.asarray(bias, jnp.float32)})
+        logits[kind] = forward(tuned.graphdef, tuned.base, tiny_tokens(model.config)).logits
+    np.testing.assert_allclose(logits["parallel"], logits["houlsby"], atol=1e-5)
+
+
 def test_all_train_about_as_much(config):
     model = tiny_decoder(embed=64, mlp=128)
     wanted = budget(config, model)

@@ -221,9 +221,10 @@ def test_a_long_prompt_is_read_however_long_it_takes():
 def test_without_a_server():
     async def body():
         none = "ws://127.0.0.1:9"
-        patience = DeviceConfig(retries=1, backoff_s=0.01)
+        patience, begin = DeviceConfig(retries=2, backoff_s=0.1), time.monotonic()
         with pytest.raises(NetworkError, match=r"no connection to ws://127.0.0.1:9: .* Is the server .* running"):
             await write(none, config=patience)
+        assert time.monotonic() - begin > 0.1 + 0.2  # waits longer each time
         return await write(none, limit=5, config=patience, fallback=lambda history, limit, stop: range(40, 60))
 
     answer = run(body)
