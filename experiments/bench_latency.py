@@ -3,7 +3,8 @@
     python experiments/bench_latency.py          # some minutes on 2 cores
 
 Sliced networks with random weights (time does not depend on them), compiled for one batch size and length, run in turn
-in one process; medians as shares of the maxnet's, beside the share of FLOPs as the compiler counts them.
+in one process on one pinned core; medians as shares of the maxnet's, beside the share of FLOPs as the compiler counts
+them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import tyro
+from peers import pin
 from pictures import share_bars
 from rich.console import Console
 from rich.table import Table
@@ -40,6 +42,7 @@ class Options:
 
 
 def main(options: Options) -> None:
+    pin()
     shape = {"vocab_size": 30522, "embed": 384, "layers": 6, "heads": 12, "head_dim": 32, "mlp": 1536}
     config = mlfs.EncoderConfig("bert", **shape, max_positions=512, type_vocab=2, head="sequence", labels=11)
     model = mlfs.init_model(config, jax.random.key(0))

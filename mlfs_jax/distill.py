@@ -8,6 +8,7 @@ divergences: reverse KL (MiniLLM, arXiv 2306.08543), generalised Jensen-Shannon 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -43,10 +44,10 @@ class DistillConfig:
     def __post_init__(self):
         if not 0 <= self.alpha <= 1:
             raise ConfigError(f"alpha = {self.alpha}: expected a share between 0 and 1.")
-        if self.tau <= 0:
-            raise ConfigError(f"tau = {self.tau}: expected a temperature above 0.")
-        if self.beta < 0 or self.feature_dim < 1:
-            raise ConfigError(f"beta = {self.beta}, feature_dim = {self.feature_dim}: expected >= 0 and >= 1.")
+        if not 0 < self.tau < math.inf:
+            raise ConfigError(f"tau = {self.tau}: expected a finite temperature above 0.")
+        if not 0 <= self.beta < math.inf or self.feature_dim < 1:
+            raise ConfigError(f"beta = {self.beta}, feature_dim = {self.feature_dim}: expected finite >= 0, and >= 1.")
         if self.divergence not in DIVERGENCES:
             raise unknown("divergence", self.divergence, DIVERGENCES)
         if self.features not in ("all", "last"):

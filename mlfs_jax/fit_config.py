@@ -121,7 +121,7 @@ class FitConfig:
 
     def space(self, config: Config, order: Order | None = None) -> SubnetSpace:
         """The subnets of the run; ``order`` ranks the layers, if they are kept by importance."""
-        ranked = None if order is None or self.keep_layers == "even" else tuple(map(int, order.layers))
+        ranked = None if order is None or self.keep_layers == "even" else order.layers
         width, depth = ((1.0, 0.66), (1.0, 0.8)) if config.head == "lm" else ((1.0, 0.48, 0.22), (1.0, 0.5))
         ratios = {"embed": self.embed, "width": self.width or width, "depth": self.depth or depth}
         return SubnetSpace.from_ratios(config, **ratios, vary=self.vary, layer_order=ranked)

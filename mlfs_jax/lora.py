@@ -104,6 +104,8 @@ def misfit(base: nnx.State, lora: Mapping) -> str | None:
     """What in an adapter is not of this base, in words; None: all of it is."""
     weights = flatten(base)
     for site, entry in lora.items():
+        if ("a" in entry) != ("b" in entry):
+            return f"{site} has half of a pair, {', '.join(entry)}"
         for leaf, value in entry.items():
             name = f"{site}.kernel" if leaf in ("a", "b") else f"{site}.{leaf}"
             if name not in weights:
@@ -154,6 +156,9 @@ def load_lora(file: str | Path) -> Lora:
 
 
 def _update(base: nnx.State, lora: Mapping, sign: int) -> nnx.State:
+    if (wrong := misfit(base, lora)) is not None:
+        raise ConfigError(f"this adapter is of another model: {wrong}.")
+
     def merged(name: str, leaf: nnx.Param) -> Array:
         site, kind = name.rsplit(".", 1)
         value, entry = leaf[...], lora.get(site, {})
@@ -168,7 +173,7 @@ def _update(base: nnx.State, lora: Mapping, sign: int) -> nnx.State:
 
 
 def merge_lora(base: nnx.State, lora: Mapping) -> nnx.State:
-    """W0 + A B for every site, as a base of the same structure and type."""
+    """W0 + A B for every site, as a base of the same structure and type; ConfigError where the base lacks one."""
     return _update(base, lora, +1)
 
 

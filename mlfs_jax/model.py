@@ -120,9 +120,9 @@ def build(config: Config, weights: Mapping[str, Array | Quantised], **fields) ->
     return Model(config, graphdef, map_named(lambda name, _: weights[name], base), **fields)
 
 
-def init_model(config: Config, key: Array, **fields) -> Model:
+def init_model(config: Config, key: int | Array, **fields) -> Model:
     """A model with random weights (tests, baselines that start from scratch)."""
-    return build(config, init_weights(config, key), **fields)
+    return build(config, init_weights(config, as_key(key)), **fields)
 
 
 def cast_base(base: nnx.State, dtype: DTypeLike) -> nnx.State:
@@ -166,7 +166,8 @@ def forward(
         logits: False leaves out the head, whose logits may be the largest array of all.
 
     Raises:
-        ConfigError: the adapter names a weight that the model does not have, or T is beyond its table of positions.
+        ConfigError: the adapter names a weight that the model does not have; T is beyond its table of positions, or
+            beyond the cache's slots. How full a cache is, is known to its caller alone: what has no slot is dropped.
     """
     pairs: dict[str, Mapping] = {}
     deltas: dict[str, Array] = {}

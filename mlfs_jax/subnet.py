@@ -196,8 +196,12 @@ class SubnetSpace:
                 f"heads = {self.heads}: expected multiples of {kv_group(self.config)}, the query heads that share a "
                 "key-value head."
             )
-        if self.layer_order is not None and sorted(self.layer_order) != list(range(self.config.layers)):
-            raise SubnetError(f"layer_order = {self.layer_order}: expected each of 0..{self.config.layers - 1} once.")
+        if self.layer_order is not None:
+            object.__setattr__(self, "layer_order", tuple(map(int, self.layer_order)))
+            if sorted(self.layer_order) != list(range(self.config.layers)):
+                raise SubnetError(
+                    f"layer_order = {self.layer_order}: expected each of 0..{self.config.layers - 1} once."
+                )
 
     @property
     def _tops(self) -> dict[str, int]:

@@ -312,7 +312,16 @@ class Split:
         return cloud_finish(graphdef, base, f, g, jnp.asarray(due)[:, None], setting=self.setting)[:, 0]
 
     def generate(self, prompts: Sequence[Sequence[int]], config: GenerateConfig = GREEDY) -> list[list[int]]:
-        """Continue every prompt greedily; the tokens of :func:`generate`."""
+        """Continue every prompt greedily; the tokens of :func:`generate`.
+
+        Raises:
+            ConfigError: another number of prompts than texts, or something was read before: a Split writes once.
+        """
+        if self.held or len(prompts) != len(self.round_trips):
+            raise ConfigError(
+                f"{len(prompts)} prompts, {self.held} positions read before: expected {len(self.round_trips)} prompts "
+                "in a fresh Split."
+            )
         stop = Network(self.model).stop(config.stop_tokens)
         width = max(len(row) for row in prompts)
         tokens, real = left_pad([list(row) for row in prompts], width, self.model.config.pad_token_id)

@@ -75,13 +75,13 @@ class GateConfig:
         return method
 
 
-def fit_gate(scores: TokenScores, config: GateConfig, setting: Setting, key: Array) -> dict[str, Array]:
+def fit_gate(scores: TokenScores, config: GateConfig, setting: str, key: Array) -> dict[str, Array]:
     """A gate for these tokens, scored in this setting.
 
     Hidden states are standardised first (some channels of a language model are far larger than the rest), and the
     standardisation is folded into the weights.
     """
-    method = config.method_for(setting)
+    method = config.method_for(Setting.parse(setting))
     hidden = jnp.asarray(scores.hidden, jnp.float32)
     if method == "similarity":
         rows = jax.random.permutation(key, len(hidden))[: config.bank]

@@ -21,7 +21,9 @@ from jaxtyping import Array, Bool, Float
 
 import mlfs_jax.model as backbone_model
 from mlfs_jax.backbone.cache import Cache
+from mlfs_jax.backbone.tree import STACKED, flatten
 from mlfs_jax.model import apply_head
+from spa_jax.errors import PluginError
 from spa_jax.gate import choose, gate_probability
 from spa_jax.seam import Frame, Setting
 from spa_jax.side import Side, device_step
@@ -87,6 +89,8 @@ def unit_rms(taps: Float[Array, "n B T D"]) -> Float[Array, "n B T D"]:
 
 def make_frame(out, tapped: tuple[int, ...], real: Bool[Array, "B T"], before: Array | int = 0) -> Frame:
     """The frame of a forward pass of the backbone with taps; ``before``: real tokens of each text before it."""
+    if max(tapped) >= len(out.taps):  # jax would take the last layer instead
+        raise PluginError(f"tapped layers {tapped}: expected ones below {len(out.taps)}, the layers of this base.")
     taps = jnp.concatenate([out.embedded[None], out.taps[jnp.asarray(tapped)]])
     positions = jnp.maximum(jnp.cumsum(real, 1) - 1, 0) + jnp.reshape(before, (-1, 1))
     return Frame(unit_rms(taps), positions.astype(jnp.int32), real)
@@ -138,7 +142,7 @@ def cloud_finish(
     setting: Setting,
 ) -> Float[Array, "B T V"]:
     """The cloud's second half of a step: logits, by the frozen head, of f and what came back from the device."""
-    return apply_head(graphdef, base, mix(setting, hidden, g, sigma))
+    return apply_head(graphdef, base, mix(Setting.parse(setting), hidden, g, sigma))
 
 
 @partial(jax.jit, static_argnames=("graphdef", "setting", "unroll"))
@@ -163,8 +167,14 @@ def forward(
         setting: see :class:`Setting`.
         threshold: of the gate; what it is calibrated to, or 0.5 for the paper's argmax.
         sigma: the choices themselves, instead of the gate's.
+
+    Raises:
+        PluginError: the side network was made for a base of another depth.
     """
     setting, batch = Setting.parse(setting), as_batch(tokens)
+    layers = next(leaf.shape[0] for name, leaf in flatten(base).items() if name.startswith(f"{STACKED}."))
+    if layers != side.backbone.layers:
+        raise PluginError(f"this side network was made for a base of {side.backbone.layers} layers; this has {layers}.")
     gate = side.gate if setting.gated else {}
     cloud = cloud_step(graphdef, base, gate, None, batch, tapped=side.tapped, unroll=unroll)
     if sigma is None:

@@ -21,14 +21,14 @@ from mlfs_jax.config import DecoderConfig
 from mlfs_jax.errors import ConfigError
 from mlfs_jax.hosts import to_host
 from mlfs_jax.importance import Importance
-from mlfs_jax.model import Model
+from mlfs_jax.model import Model, as_key
 from spa_jax.gate import init_gate
 from spa_jax.seam import Setting
 from spa_jax.side import Side, SideConfig, abstract_net, block_config
 
 
 def init_side(
-    key: Array,
+    key: int | Array,
     backbone: DecoderConfig,
     config: SideConfig | None = None,
     *,
@@ -50,7 +50,7 @@ def init_side(
     Raises:
         ConfigError: the config does not fit the backbone; a slice is asked of a plugin, which has no such blocks.
     """
-    setting, config = Setting.parse(setting), (config or SideConfig()).resolve(backbone)
+    key, setting, config = as_key(key), Setting.parse(setting), (config or SideConfig()).resolve(backbone)
     if (model is None) != (importance is None):
         raise ConfigError("a sliced start needs both the model and its importance; give both, or neither.")
     net = _random_net(key, config, backbone)

@@ -285,6 +285,8 @@ class Decoder(nnx.Module):
         config, tokens = self.config, batch["input_ids"]
         if config.positions == "learned" and cache is None:  # a cache's tokens may be padding, beyond the last text
             check_context(config, tokens)
+        if cache is not None and tokens.shape[1] > cache.capacity:
+            raise ConfigError(f"{tokens.shape[1]} tokens, and a cache of {cache.capacity} slots: make a larger one.")
         if "head" in lora:
             raise ConfigError("the adapter has a pair at head: the head of a language model is frozen; leave it out.")
         keep = None if mask is None else mask.embed

@@ -9,7 +9,7 @@ import mlfs_jax as mlfs
 from mlfs_jax.backbone.attention import alibi_slopes
 from mlfs_jax.errors import ConfigError
 from mlfs_jax.model import forward
-from tests.mlfs.tiny import DECODERS, tiny_decoder, tiny_model
+from tests.mlfs.tiny import DECODERS, tiny_decoder, tiny_model, tiny_tokens
 
 
 def tokens_and_mask(config, key, lengths, side):
@@ -120,3 +120,9 @@ def test_an_encoder_has_no_cache():
     batch = {"input_ids": jnp.ones((1, 4), int), "attention_mask": jnp.ones((1, 4), int)}
     with pytest.raises(ConfigError, match="encoder has no key-value cache"):
         forward(model.graphdef, model.base, batch, cache=cache)
+
+
+def test_more_tokens_than_slots():
+    model = tiny_decoder()
+    with pytest.raises(ConfigError, match="8 tokens, and a cache of 4 slots: make a larger one"):
+        forward(model.graphdef, model.base, tiny_tokens(model.config), cache=mlfs.init_cache(model.config, 3, 4))

@@ -116,6 +116,10 @@ def test_mistakes_are_named():
         DistillConfig(alpha=1.5)
     with pytest.raises(ConfigError, match="tau = 0"):
         DistillConfig(tau=0)
+    for name in ("tau", "beta"):
+        for value in (float("nan"), float("inf")):
+            with pytest.raises(ConfigError, match=f"{name} = {value}.*finite"):
+                DistillConfig(**{name: value})
     with pytest.raises(UnknownNameError, match="did you mean 'reverse-kl'"):
         DistillConfig(divergence="reverse_kl")
     with pytest.raises(ConfigError, match="features = 'some'"):

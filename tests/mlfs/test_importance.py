@@ -7,7 +7,7 @@ import pytest
 from mlfs_jax.backbone.tree import flatten, map_named
 from mlfs_jax.importance import Order, importance_order, measure_importance, reorder, reorder_lora
 from mlfs_jax.model import forward
-from tests.mlfs.tiny import FAMILIES, tiny_batch, tiny_lora, tiny_model
+from tests.mlfs.tiny import FAMILIES, tiny_batch, tiny_decoder, tiny_lora, tiny_model, tiny_tokens
 
 
 def measured(model, batches):
@@ -45,6 +45,18 @@ def test_scores_are_the_sum_of_weight_times_gradient():
     np.testing.assert_allclose(importance.heads, heads + salience["layers.o.kernel"].sum((2, 3)), rtol=1e-4)
     layers = sum(s.reshape(3, -1).sum(1) for name, s in salience.items() if name.startswith("layers."))
     np.testing.assert_allclose(importance.layers, layers, rtol=1e-4)
+
+
+def test_query_heads_share_the_score_of_their_keys_and_values():
+    """Grouped queries: half of what a key-value head scores, to each of the two that read it."""
+    model, batch = tiny_decoder(), tiny_tokens(tiny_decoder().config)
+    assert model.config.kv_group == 2
+    importance, loss = measured(model, [batch])
+    grads, weights = flatten(jax.grad(loss)(model.base, batch)), flatten(model.base)
+    salience = {name: np.abs(leaf[...] * grads[name][...]) for name, leaf in weights.items()}
+    heads = salience["layers.q.kernel"].sum((1, 3)) + salience["layers.o.kernel"].sum((2, 3))
+    shared = sum(salience[f"layers.{m}.kernel"].sum((1, 3)) for m in "kv")
+    np.testing.assert_allclose(importance.heads, heads + np.repeat(shared / 2, 2, 1), rtol=1e-4)
 
 
 def test_a_dead_unit_comes_last():

@@ -108,3 +108,20 @@ def test_mistakes_are_named():
         mlfs.init_lora(key, model, full=("heads",))
     with pytest.raises(ConfigError, match="rank = 0"):
         mlfs.init_lora(key, model, rank=0)
+    pair = mlfs.init_lora(key, model)["layers.q"]
+    for lora, wrong in (
+        ({"layers.nope": pair}, r"there is no layers\.nope\.kernel"),
+        ({"layers.q": {"a": pair["a"]}}, r"layers\.q has half of a pair, a"),
+    ):
+        with pytest.raises(ConfigError, match=f"this adapter is of another model: {wrong}"):
+            mlfs.merge_lora(model.base, lora)
+        with pytest.raises(ConfigError, match=wrong):
+            mlfs.slice_subnet(model, mlfs.SubnetSpace(model.config).maxnet, lora=lora)
+
+
+def test_pairs_start_as_their_own_random_maps():
+    """A ~ N(0, 1 / in), no two sites alike; B = 0."""
+    lora = mlfs.init_lora(0, tiny_model(embed=256, heads=4, head_dim=64, mlp=256), rank=8)
+    assert all(abs(16 * float(lora[f"layers.{site}"]["a"].std()) - 1) < 0.1 for site in ("q", "k", "o", "up", "down"))
+    assert abs(lora["layers.q"]["a"] - lora["layers.k"]["a"]).max() > 0.1
+    assert not any(np.any(pair["b"]) for pair in lora.values())

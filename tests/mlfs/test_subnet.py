@@ -1,5 +1,7 @@
 """Subnets and spaces: what is in, what is out, what it costs."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -110,6 +112,8 @@ def test_sizes_outside_the_space(name, message):
 def test_lists_and_seeds_of_other_types_are_understood():
     assert Subnet(24, [4, 4], [20, 20], [0, 1]) == Subnet(24, (4, 4), (20, 20), (0, 1))
     assert space().sample(np.int64(3)) == space().sample(3) == space().sample(jax.random.key(3))
+    ranked = mlfs.SubnetSpace(tiny_config(), depth=(3, 1), layer_order=np.array([2, 0, 1], np.int32))
+    assert ranked.minnet.layers == (2,) and hash(ranked.minnet) and json.dumps(ranked.minnet.layers) == "[2]"
 
 
 def test_other_mistakes():

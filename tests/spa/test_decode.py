@@ -91,6 +91,8 @@ def test_apart_and_together_write_the_same_text(side):
     assert 0 < whole.rates()["usage"] < 1
     split = Split(MODEL, side, len(PROMPTS), 32)
     assert split.generate(PROMPTS, NINE) == whole.tokens
+    with pytest.raises(ConfigError, match=r"positions read before: expected \d prompts in a fresh Split"):
+        split.generate(PROMPTS, NINE)
     used = [sum(row) for row in whole.sigma]
     assert split.round_trips.tolist() == used
     lengths = [len(prompt) + len(row) - 1 for prompt, row in zip(PROMPTS, whole.sigma, strict=True)]

@@ -1,12 +1,13 @@
 """Training a gate, on scores whose answer is known."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mlfs_jax.errors import ConfigError
 from spa_jax.config import FitConfig
-from spa_jax.gate import ALWAYS, calibration_curve, choose_threshold
+from spa_jax.gate import ALWAYS, calibration_curve, choose_threshold, straight_through
 from spa_jax.gate_fit import GateConfig, fit_gate
 from spa_jax.plugin import Plugin
 from spa_jax.score import TokenScores
@@ -53,6 +54,19 @@ def test_where_g_stands_alone_a_gate_learns_which_side_is_likelier():
     best = np.minimum(held.base_nll, held.side_nll).mean()  # no choice of as many tokens is better than the oracle's
     assert all(best - 1e-6 <= point["oracle"] <= point["loss"] + 1e-6 for point in curve)
     assert curve[0]["oracle"] == pytest.approx(held.base_nll.mean())
+
+
+def test_straight_through_is_a_step_with_the_gradient_of_p():
+    logits = jnp.asarray([-3.0, -0.1, 0.1, 3.0])
+    np.testing.assert_array_equal(straight_through(logits), [0, 0, 1, 1])
+    p = jax.nn.sigmoid(logits)
+    np.testing.assert_allclose(jax.vmap(jax.grad(straight_through))(logits), p * (1 - p), rtol=1e-5)
+
+
+def test_decay_keeps_the_gate_small():
+    one, ten = (fit_gate(scores(0), GateConfig(decay=decay), "spa", KEY)["kernel"] for decay in (0.1, 1.0))
+    spread = np.asarray(scores(0).hidden).std(0)[:, None]  # decay is of the gate on standardised states
+    assert np.abs(ten * spread).sum() < 0.5 * np.abs(one * spread).sum()
 
 
 @pytest.mark.parametrize("method", ["marginal", "straight-through"])

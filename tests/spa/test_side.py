@@ -10,6 +10,7 @@ import pytest
 import spa_jax as spa
 from mlfs_jax.errors import ConfigError, UnknownNameError
 from mlfs_jax.importance import Importance
+from spa_jax.errors import PluginError
 from spa_jax.model import cloud_step
 from spa_jax.seam import Frame
 from spa_jax.side import abstract_net, block_config, device_step, init_side_cache
@@ -38,6 +39,51 @@ def test_a_ladder_stands_beside_every_family(family):
     assert np.isfinite(out.logits[np.asarray(batch["attention_mask"], bool)]).all()
     axes = spa.side_axes(side.config, side.backbone)
     assert {name: len(a) for name, a in axes.items()} == {name: x.ndim for name, x in side.net.items()}
+
+
+def test_alpha_weighs_the_ladder_against_its_rungs():
+    """h = mu h + (1 - mu) tap with mu = sigmoid(alpha / 0.1): at 1 no rung counts, at -1 the last alone."""
+    model = tiny_decoder()
+    side = tiny_side(model, dataclasses.replace(LADDER, every=1))
+    frame = cloud_step(model.graphdef, model.base, {}, None, tiny_tokens(model.config), tapped=side.tapped).frame
+    for alpha, counts in ((1.0, [True, False, False, False]), (-1.0, [False, False, False, True])):
+        net = side.net | {"alpha": jnp.full_like(side.net["alpha"], alpha)}
+        run = lambda taps, net=net: device_step(side.replace(net=net), None, frame.replace(taps=taps))[0]  # noqa: E731
+        g = run(frame.taps)
+        moved = [float(jnp.abs(run(frame.taps.at[i].mul(-1)) - g).max() / jnp.abs(g).max()) for i in range(4)]
+        assert [change > 0.05 for change in moved] == counts and min(moved) < 0.005, moved
+
+
+@pytest.mark.parametrize("kind", ["plugin", "plugin-parallel"])
+def test_plugins_by_hand(kind):
+    model = tiny_decoder()
+    side = tiny_side(model, KINDS[kind])
+    frame = cloud_step(model.graphdef, model.base, {}, None, tiny_tokens(model.config), tapped=side.tapped).frame
+    net, relu = {name: np.asarray(x) for name, x in side.net.items()}, lambda x: np.maximum(x, 0)
+
+    def adapter(h, layer):
+        for i in (1, 2):
+            inner = h if i == 1 else relu(inner)
+            inner = inner @ net[f"layers.wide{i}.kernel"][layer] + net[f"layers.wide{i}.bias"][layer]
+        return h + inner
+
+    down = np.einsum("nbtD,nDd->nbtd", frame.taps, net["down.kernel"]) + net["down.bias"][:, None, None]
+    h = down[0]
+    for layer, tap in enumerate(down[1:]):
+        parallel = kind == "plugin-parallel"
+        h = h + adapter(relu(tap), layer) if parallel else tap + adapter(relu(h), layer)
+    g, _ = device_step(side, None, frame)
+    np.testing.assert_allclose(g, relu(h) @ net["up.kernel"] + net["up.bias"], atol=1e-4)
+
+
+def test_a_side_of_another_depth_is_refused():
+    deep, shallow = tiny_decoder(layers=6), tiny_decoder(layers=2)
+    for model, other in ((shallow, deep), (deep, shallow)):
+        with pytest.raises(PluginError, match=r"was made for a base of \d layers; this has \d"):
+            spa.forward(model.graphdef, model.base, tiny_side(other), tiny_tokens(model.config))
+    batch = tiny_tokens(shallow.config)
+    with pytest.raises(PluginError, match=r"tapped layers \(1, 3, 5\): expected ones below 2"):
+        cloud_step(shallow.graphdef, shallow.base, {}, None, batch, tapped=(1, 3, 5))
 
 
 def test_blocks_see_as_far_as_the_layers_they_stand_beside():
@@ -152,6 +198,9 @@ def test_a_sliced_start_is_the_backbones_best_part(family):
     layer, embed = keep["layers"][1], keep["embed"]
     up = np.asarray(model.base["layers"]["up"]["kernel"][...])
     np.testing.assert_array_equal(side.net["layers.up.kernel"][1], up[layer][np.ix_(embed, keep["mlp"][1])])
+    assert not np.any(side.net["up.kernel"])
+    alone = spa.init_side(0, model.config, config, setting="s3", model=model, importance=importance)
+    np.testing.assert_array_equal(alone.net["up.kernel"], alone.net["down.kernel"][-1].T)  # channels go back
     o = np.asarray(model.base["layers"]["o"]["kernel"][...])
     np.testing.assert_array_equal(side.net["layers.o.kernel"][1], o[layer][keep["heads"][1]][:, :, embed])
     assert {*embed} == {*np.argsort(-importance.embed)[: config.width]}
