@@ -18,6 +18,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -139,7 +140,7 @@ def decoding(model: mlfs.Model, batch_size: int, options: Options) -> dict[str, 
     config, dtype = model.config, jnp.dtype(options.dtype)
     cache = init_cache(config, batch_size, options.context, dtype)
     batch = {"input_ids": jnp.ones((batch_size, 1), jnp.int32)}
-    step = forward.lower(model.graphdef, model.base, batch, cache=cache).compile()
+    step = jax.jit(partial(forward, model.graphdef)).lower(model.base, batch, cache=cache).compile()
     seconds = timed(lambda: step(model.base, batch, cache=cache).logits, options.steps)
     read = dtype.itemsize * num_params(config, embeddings=True) + cache.k.nbytes + cache.v.nbytes
     bound = read / options.bandwidth_tb_s / 1e12

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float
 
 from mlfs_jax.backbone.cache import Cache
@@ -130,11 +130,36 @@ def cast_base(base: nnx.State, dtype: DTypeLike) -> nnx.State:
     return map_named(lambda _, leaf: leaf.get_value().astype(dtype), base)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "taps", "remat", "unroll", "rows", "logits"))
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+"""The entries of a batch that a network reads."""
+
+
+def as_inputs(batch: Mapping[str, ArrayLike]) -> dict[str, Array]:
+    """What a network reads of a batch, as arrays: of a tokenizer's output, too, whose type ``jax.jit`` does not take.
+
+    Raises:
+        ConfigError: there are no ``input_ids``, they are not of two axes, or another entry has not their shape.
+    """
+    if not isinstance(batch, Mapping) or "input_ids" not in batch:
+        got = f"one with {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
+        raise ConfigError(f"batch = {got}: expected a dict with input_ids, int [B, T].")
+    try:
+        inputs = {name: jnp.asarray(batch[name]) for name in INPUTS if name in batch}
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"this batch does not make arrays ({error}): pad its texts to one length.") from None
+    shape = inputs["input_ids"].shape
+    if len(shape) != 2:
+        raise ConfigError(f"input_ids has shape {shape}: expected two axes, [B, T].")
+    for name, value in inputs.items():
+        if value.shape != shape:
+            raise ConfigError(f"{name} has shape {value.shape}: expected {shape}, that of input_ids.")
+    return inputs
+
+
 def forward(
     graphdef: nnx.GraphDef,
     base: nnx.State,
-    batch: Mapping[str, Array],
+    batch: Mapping[str, ArrayLike],
     *,
     lora: Mapping[str, dict] | None = None,
     mask: Mask | None = None,
@@ -145,16 +170,16 @@ def forward(
     cache: Cache | None = None,
     logits: bool = True,
 ) -> Output:
-    """Run the network: a pure function of (base, lora, mask, batch); jit, vmap, grad as you like.
+    """Run the network: a pure function of (base, lora, mask, batch), compiled; jit, vmap, grad as you like.
 
     It computes in the type of its base, to which adapters and masks are cast: give it a bfloat16 base
     (``model.astype``) and float32 adapters, and their gradients are float32. Norms, softmax and a language model's
     logits are float32 always.
 
     Args:
-        batch: ``input_ids`` and ``attention_mask``, int [B, T], as a Hugging Face tokenizer gives them;
-            ``token_type_ids`` if the model has types. Without a mask all tokens are real; a decoder takes padding on
-            either side. Other entries (labels) are ignored.
+        batch: ``input_ids`` and ``attention_mask``, int [B, T], or just what a Hugging Face tokenizer gives with
+            ``padding=True``; ``token_type_ids`` if the model has types. Without a mask all tokens are real; a decoder
+            takes padding on either side. Other entries (labels) are ignored.
         lora: low-rank pairs and full deltas by site, see :mod:`mlfs_jax.lora`.
         mask: the subnet to run, see :func:`mlfs_jax.make_mask`; None runs the maxnet.
         taps: also return every layer's output.
@@ -166,9 +191,27 @@ def forward(
         logits: False leaves out the head, whose logits may be the largest array of all.
 
     Raises:
-        ConfigError: the adapter names a weight that the model does not have; T is beyond its table of positions, or
-            beyond the cache's slots. How full a cache is, is known to its caller alone: what has no slot is dropped.
+        ConfigError: the batch has no ``input_ids`` of two axes; the adapter names a weight that the model does not
+            have; T is beyond its table of positions, or beyond the cache's slots. How full a cache is, is known to its
+            caller alone: what has no slot is dropped.
     """
+    return _forward(
+        graphdef,
+        base,
+        as_inputs(batch),
+        lora=lora,
+        mask=mask,
+        taps=taps,
+        remat=remat,
+        unroll=unroll,
+        rows=rows,
+        cache=cache,
+        logits=logits,
+    )
+
+
+@partial(jax.jit, static_argnames=("graphdef", "taps", "remat", "unroll", "rows", "logits"))
+def _forward(graphdef, base, batch, *, lora, mask, taps, remat, unroll, rows, cache, logits) -> Output:
     pairs: dict[str, Mapping] = {}
     deltas: dict[str, Array] = {}
     for site, entry in (lora or {}).items():
@@ -185,7 +228,6 @@ def forward(
 
         base = map_named(add, base)
     pairs, mask = _cast((pairs, mask), flatten(base)["embed.tokens.table"].dtype)
-    batch = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
     return nnx.merge(graphdef, base)(
         batch, pairs, mask, taps=taps, remat=remat, unroll=unroll, rows=rows, cache=cache, logits=logits
     )

@@ -6,6 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -27,7 +28,8 @@ def compile_forward(model: Model, size: int, length: int) -> Callable[[], object
     ids = np.random.default_rng(0).integers(model.config.vocab_size, size=(size, length), dtype=np.int32)
     ones = {"attention_mask": np.ones_like(ids)}
     batch = jax.device_put(_inputs(model.config, ids) | ones)
-    compiled = forward.lower(model.graphdef, model.base, batch, unroll=model.config.layers <= UNROLLED).compile()
+    unroll = model.config.layers <= UNROLLED
+    compiled = jax.jit(partial(forward, model.graphdef, unroll=unroll)).lower(model.base, batch).compile()
     return lambda: jax.block_until_ready(compiled(model.base, batch).logits)
 
 
@@ -42,7 +44,7 @@ def count_flops(config: Config, length: int) -> int:
         cut = {"windows": config.windows[:layers]} if isinstance(config, DecoderConfig) and config.windows else {}
         graphdef, base = abstract(config.replace(layers=layers, **cut))
         ids = jax.ShapeDtypeStruct((1, length), np.int32)
-        lowered = forward.lower(graphdef, base, _inputs(config, ids), unroll=True)
+        lowered = jax.jit(partial(forward, graphdef, unroll=True)).lower(base, _inputs(config, ids))
         cost = lowered.compile().cost_analysis() or lowered.cost_analysis()  # not every backend counts what it compiled
         return cost["flops"]
 
@@ -63,7 +65,8 @@ def compile_decode(model: Model, size: int, length: int) -> Callable[[], object]
     """
     cache, unroll = init_cache(model.decoder, size, length), model.config.layers <= UNROLLED
     batch = jax.device_put({"input_ids": np.ones((size, 1), np.int32)})
-    compiled = forward.lower(model.graphdef, model.base, batch, cache=cache, unroll=unroll).compile()
+    step = jax.jit(partial(forward, model.graphdef, unroll=unroll))
+    compiled = step.lower(model.base, batch, cache=cache).compile()
     return lambda: jax.block_until_ready(compiled(model.base, batch, cache=cache).logits)
 
 

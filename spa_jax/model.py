@@ -17,6 +17,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 import mlfs_jax.model as backbone_model
@@ -73,12 +74,11 @@ class SideOutput:
     side_logits: Float[Array, "B T V"]
 
 
-def as_batch(tokens: Array | Mapping[str, Array]) -> dict[str, Array]:
+def as_batch(tokens: ArrayLike | Mapping[str, ArrayLike]) -> dict[str, Array]:
     """``input_ids`` and ``attention_mask`` from token ids alone, or from a batch that has them."""
-    if not isinstance(tokens, Mapping):
-        tokens = {"input_ids": jnp.asarray(tokens)}
-    ids = tokens["input_ids"]
-    return {"input_ids": ids, "attention_mask": tokens.get("attention_mask", jnp.ones(ids.shape, jnp.int32))}
+    batch = backbone_model.as_inputs(tokens if isinstance(tokens, Mapping) else {"input_ids": tokens})
+    ids = batch["input_ids"]
+    return {"input_ids": ids, "attention_mask": batch.get("attention_mask", jnp.ones(ids.shape, jnp.int32))}
 
 
 def unit_rms(taps: Float[Array, "n B T D"]) -> Float[Array, "n B T D"]:
@@ -145,12 +145,11 @@ def cloud_finish(
     return apply_head(graphdef, base, mix(Setting.parse(setting), hidden, g, sigma))
 
 
-@partial(jax.jit, static_argnames=("graphdef", "setting", "unroll"))
 def forward(
     graphdef: nnx.GraphDef,
     base: nnx.State,
     side: Side,
-    tokens: Array | Mapping[str, Array],
+    tokens: ArrayLike | Mapping[str, ArrayLike],
     *,
     setting: Setting = Setting.SPA,
     threshold: float | Array = 0.5,
@@ -163,15 +162,29 @@ def forward(
     those the gate chooses, and at the others g is not defined.
 
     Args:
-        tokens: ids [B, T], or a batch with ``input_ids`` and ``attention_mask``.
+        tokens: ids [B, T], or a batch with ``input_ids`` and ``attention_mask``, as :func:`mlfs_jax.forward` takes it.
         setting: see :class:`Setting`.
         threshold: of the gate; what it is calibrated to, or 0.5 for the paper's argmax.
         sigma: the choices themselves, instead of the gate's.
 
     Raises:
         PluginError: the side network was made for a base of another depth.
+        ConfigError: there are no ids of two axes.
     """
-    setting, batch = Setting.parse(setting), as_batch(tokens)
+    return _forward(
+        graphdef,
+        base,
+        side,
+        as_batch(tokens),
+        setting=Setting.parse(setting),
+        threshold=threshold,
+        sigma=sigma,
+        unroll=unroll,
+    )
+
+
+@partial(jax.jit, static_argnames=("graphdef", "setting", "unroll"))
+def _forward(graphdef, base, side: Side, batch, *, setting: Setting, threshold, sigma, unroll) -> SideOutput:
     layers = next(leaf.shape[0] for name, leaf in flatten(base).items() if name.startswith(f"{STACKED}."))
     if layers != side.backbone.layers:
         raise PluginError(f"this side network was made for a base of {side.backbone.layers} layers; this has {layers}.")

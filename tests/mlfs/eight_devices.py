@@ -69,7 +69,8 @@ def forward_flops(spec: str | None) -> float:
         place = lambda axes, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding_of(mesh, axes, x.shape))  # noqa: E731
         base = map_named(lambda name, leaf: place(leaf.axes, leaf), base)
         batch = {name: place(("batch", ""), x) for name, x in batch.items()}
-    return mlfs.forward.lower(graphdef, base, batch, unroll=True).compile().cost_analysis()["flops"]
+    run = jax.jit(partial(mlfs.forward, graphdef, unroll=True))
+    return run.lower(base, batch).compile().cost_analysis()["flops"]
 
 
 def loaded(folder: str) -> dict:

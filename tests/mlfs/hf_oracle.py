@@ -1,7 +1,9 @@
 """What the tests of ``mlfs_jax.hf`` share: small random torch models, and the two logits to compare."""
 
+from functools import partial
 from importlib.metadata import version
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -95,7 +97,7 @@ def torch_outputs(model, batch) -> tuple[np.ndarray | None, np.ndarray]:
 
 def run(model, batch, lora=None):
     """``forward``, compiled with little optimisation: every random shape is a program that runs once."""
-    lowered = forward.lower(model.graphdef, model.base, batch, lora=lora)
+    lowered = jax.jit(partial(forward, model.graphdef)).lower(model.base, batch, lora=lora)
     return lowered.compile(compiler_options=QUICK)(model.base, batch, lora=lora)
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from transformers import BatchEncoding
 
 import mlfs_jax as mlfs
 from mlfs_jax.backbone.layers import ACTIVATIONS, gelu
@@ -66,6 +67,31 @@ def test_without_a_mask_all_tokens_are_real():
     bare = {name: value for name, value in batch.items() if name != "attention_mask"}
     ours, theirs = (forward(model.graphdef, model.base, b).logits for b in (bare, batch))
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_what_a_tokenizer_gives_is_a_batch():
+    """A Mapping of lists, with entries that are not the network's; jax.jit takes neither."""
+    model = tiny_model()
+    batch = tiny_batch(model.config)
+    lists = {name: np.asarray(value).tolist() for name, value in batch.items()} | {"overflowing": ["a", "b", "c"]}
+    ours = forward(model.graphdef, model.base, BatchEncoding(lists)).logits
+    np.testing.assert_array_equal(ours, forward(model.graphdef, model.base, batch).logits)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ([[1, 2]], "batch = list: expected a dict with input_ids"),
+        ({"ids": [[1, 2]]}, "batch = one with ids: expected a dict with input_ids"),
+        ({"input_ids": [1, 2]}, r"input_ids has shape \(2,\): expected two axes"),
+        ({"input_ids": [[1, 2], [3]]}, "pad its texts to one length"),
+        ({"input_ids": [[1, 2]], "attention_mask": [[1]]}, r"attention_mask has shape \(1, 1\): expected \(1, 2\)"),
+    ],
+)
+def test_a_batch_that_is_none(batch, message):
+    model = tiny_model()
+    with pytest.raises(ConfigError, match=message):
+        forward(model.graphdef, model.base, batch)
 
 
 @pytest.mark.parametrize(

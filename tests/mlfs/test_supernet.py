@@ -1,5 +1,7 @@
 """The training step: one compile, cheap, the same masked and sliced, and it learns."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,8 +80,8 @@ def test_lora_step_costs_at_most_2_3_forward_passes_and_no_gradient_of_the_base(
         return state.apply_gradients(grads, supernet.optimizer), loss
 
     flops = lambda lowered: lowered.compile().cost_analysis()["flops"]  # noqa: E731
-    ratio = flops(jax.jit(step).lower(state, base, batch)) / flops(forward.lower(graphdef, base, batch, unroll=True))
-    assert ratio <= 2.3
+    once = jax.jit(partial(forward, graphdef, unroll=True)).lower(base, batch)
+    assert flops(jax.jit(step).lower(state, base, batch)) <= 2.3 * flops(once)
     adapter = sum(x.size for x in jax.tree.leaves(params))
     moments = sum(x.size for x in jax.tree.leaves(state.opt_state) if x.ndim)
     assert moments == 2 * adapter  # Adam's two moments of the adapter, and of nothing else

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from transformers import BatchEncoding
 
 import spa_jax as spa
 from mlfs_jax.errors import ConfigError, UnknownNameError
@@ -147,6 +148,18 @@ def test_a_fresh_net_has_no_weak_types(kind):
     """A weak type becomes a strong one in the first update, and the step compiles anew."""
     side = spa.init_side(jax.random.key(0), tiny_decoder().config, KINDS[kind])
     assert not [name for name, x in side.net.items() if jnp.asarray(x).weak_type]
+
+
+def test_ids_alone_or_what_a_tokenizer_gives():
+    model = tiny_decoder()
+    side = spa.init_side(jax.random.key(0), model.config, LADDER)
+    ids, mask = [[3, 4, 5], [0, 6, 7]], [[1, 1, 1], [0, 1, 1]]
+    run = lambda tokens: spa.forward(model.graphdef, model.base, side, tokens).logits  # noqa: E731
+    whole = run(BatchEncoding({"input_ids": ids, "attention_mask": mask}))
+    np.testing.assert_array_equal(whole, run({"input_ids": jnp.array(ids), "attention_mask": jnp.array(mask)}))
+    np.testing.assert_allclose(whole[:1], run(ids[:1]), atol=1e-5)
+    with pytest.raises(ConfigError, match=r"shape \(3,\): expected two axes"):
+        run(ids[0])
 
 
 def test_settings():
