@@ -84,7 +84,7 @@ def measure_importance(
         grads = flatten(jax.grad(loss)(base, batch))
         totals = dict.fromkeys((*AXES, "kv_heads"), 0.0)
         for name, leaf in flatten(base).items():
-            salience = jnp.abs(leaf[...] * grads[name][...])
+            salience = jnp.abs(leaf[...].astype(jnp.float32) * grads[name][...])  # summed over many: not in bfloat16
             for position, axis in enumerate(leaf.axes):
                 if axis in totals:  # scores are [axis] for embed and layers, [layers, axis] for the others
                     held = {position} if axis == "embed" else {0, position}
@@ -130,7 +130,7 @@ def block_influence(model: Model, batches: Iterable[Mapping]) -> Float[np.ndarra
     @jax.jit
     def influence(base, batch):
         out = forward(model.graphdef, base, batch, taps=True, logits=False)
-        stream = jnp.concatenate([out.embedded[None], out.taps])
+        stream = jnp.concatenate([out.embedded[None], out.taps]).astype(jnp.float32)
         before, after = stream[:-1], stream[1:]
         norms = jnp.linalg.norm(before, axis=-1) * jnp.linalg.norm(after, axis=-1)
         real = batch["attention_mask"].astype(jnp.float32)

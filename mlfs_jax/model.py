@@ -34,6 +34,7 @@ class Model:
         base: its weights, an ``nnx.State`` of ``nnx.Param`` with named axes.
         name: for people.
         source: folder of the Hugging Face checkpoint it came from (tokenizer files live there), if any.
+        label_names: what that checkpoint calls the labels of its own classifier, if it came with one.
     """
 
     config: Config
@@ -41,6 +42,7 @@ class Model:
     base: nnx.State
     name: str = "model"
     source: Path | None = None
+    label_names: tuple[str, ...] | None = None
 
     def replace(self, **changes) -> Model:
         return dataclasses.replace(self, **changes)
@@ -171,6 +173,8 @@ def forward(
     logits: bool = True,
 ) -> Output:
     """Run the network: a pure function of (base, lora, mask, batch), compiled; jit, vmap, grad as you like.
+
+    Derivatives are reverse-mode: an adapter's rule for its gradient has no ``jax.jvp``.
 
     It computes in the type of its base, to which adapters and masks are cast: give it a bfloat16 base
     (``model.astype``) and float32 adapters, and their gradients are float32. Norms, softmax and a language model's

@@ -31,6 +31,7 @@ __all__ = ["ENTRIES", "Entry", "cache_dir", "fetch", "get_entry", "is_whole", "r
 MANIFEST = "manifest.json"
 TEXT_FILES = ("*.json", "*.txt", "*.model", "*.jinja")  # what a model folder says about itself and its text
 HF_FILES = (*TEXT_FILES, "*.safetensors")  # all that it needs; no pickles
+ADAPTER = "adapter_config.json"  # of PEFT
 DOUBLES = ["*/*", "consolidated*"]  # the same weights once more, in other formats
 STALE_SECONDS = 24 * 3600
 
@@ -90,7 +91,8 @@ def resolve_model(name_or_path: str | Path, *, files: tuple[str, ...] = HF_FILES
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file() and not any(path.glob("*.gguf")):
-            raise DataError(f"{path} is not a model folder: it has no config.json (nor a .gguf file).")
+            adapter = "only a PEFT adapter, to be merged into its base first: " * (path / ADAPTER).is_file()
+            raise DataError(f"{path} is not a model folder: {adapter}it has no config.json (nor a .gguf file).")
         return path
     if path.suffix == ".gguf":
         if not path.is_file():

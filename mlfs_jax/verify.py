@@ -21,6 +21,7 @@ from mlfs_jax.data.batches import pad
 from mlfs_jax.data.encode import encode_for
 from mlfs_jax.errors import SubnetError
 from mlfs_jax.export import Origin, fingerprint, public_config
+from mlfs_jax.hf.configs import label_names
 from mlfs_jax.hf.load import load_checkpoint, read_config
 from mlfs_jax.model import Model, forward
 from mlfs_jax.registry import sha256_of
@@ -123,8 +124,7 @@ def _provenance(directory: Path, origin: Origin, fitted: Fitted) -> list[Check]:
     now, then = public_config(fitted), origin.config
     other = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
     other += [what for what, sha256 in fingerprint(fitted).items() if origin.fingerprint.get(what) != sha256]
-    id2label = read_config(directory).get("id2label", {})
-    labels = tuple(id2label[i] for i in sorted(id2label, key=int))
+    labels = label_names(read_config(directory))
     named = not fitted.task.labels or labels == fitted.task.labels
     return [
         Check("files as they were written", "", None, not changed, f"changed: {', '.join(changed)}" if changed else ""),

@@ -139,6 +139,12 @@ def own_labels(hf: Mapping) -> int:
     return len(hf["id2label"]) if hf.get("id2label") else hf.get("num_labels") or 2
 
 
+def label_names(hf: Mapping) -> tuple[str, ...]:
+    """What config.json calls a classifier's labels, in order; () where it does not say."""
+    names = hf.get("id2label") or {}
+    return tuple(str(names[i]) for i in sorted(names, key=int))
+
+
 def _own_problem(hf: Mapping, labels: int) -> str:
     """As transformers takes it: one label is a score, where config.json does not say otherwise."""
     problem = hf.get("problem_type") or ("regression" if labels == 1 else "single_label_classification")

@@ -91,7 +91,7 @@ def export_hf(
 
     Args:
         tokenizer_from: folder with tokenizer files to copy; None: ``model.source``, if it has any.
-        label_names: C names for ``id2label``.
+        label_names: C names for ``id2label``; None: ``model.label_names``, if it has any.
         sliced_from: config of the model that this one is a slice of, for the report and the card.
         max_shard_bytes: weights beyond this are split over several files with an index.
         card: Markdown for the model card, after what it says of itself: the numbers of an evaluation.
@@ -108,7 +108,7 @@ def export_hf(
     tokenizer = _tokenizer_files(tokenizer_from, model.source)
     fit = nearest_fit(model.config)
     config, weights = fit.config, fit_weights(model, fit)
-    hf = to_hf(config, label_names=label_names)
+    hf = to_hf(config, label_names=model.label_names if label_names is None else label_names)
     hf["dtype"] = str(weights["embed.tokens.table"].dtype)
 
     directory.parent.mkdir(parents=True, exist_ok=True)

@@ -91,7 +91,7 @@ def read_gguf(path: str | Path | GGUFFile, *, head: str = "lm", dtype=jnp.float3
     file = path if isinstance(path, GGUFFile) else open_gguf(path)
     config = config_of(file).replace(head=head)
     names = {name: tensor_names(name, spec.axes, spec.shape) for name, spec in flatten(abstract(config)[1]).items()}
-    _account(file, config, {key for keys in names.values() for key in keys})
+    _account(file, {key for keys in names.values() for key in keys})
     weights: dict[str, Array] = {}
     for name, spec in flatten(abstract(config)[1]).items():
         value = _read_weight(file, config, name, names[name], spec, np.dtype(dtype))
@@ -168,7 +168,7 @@ def tensor_names(name: str, axes: tuple[str, ...], shape: tuple[int, ...]) -> li
     return [tensor.format(layer=i) for i in range(shape[0])] if axes[0] == STACKED else [tensor]
 
 
-def _account(file: GGUFFile, config: DecoderConfig, wanted: set[str]) -> None:
+def _account(file: GGUFFile, wanted: set[str]) -> None:
     """Every tensor of the file has a place, and every weight its tensor."""
     known = wanted | {ROPE_FREQS, "output.weight"}  # output: not wanted with head "none"
     strange = sorted(file.tensors.keys() - known)

@@ -23,13 +23,13 @@ from mlfs_jax.backbone.tree import flatten
 from mlfs_jax.config import Config, DecoderConfig
 from mlfs_jax.data.tokenizer import named_end
 from mlfs_jax.errors import CheckpointError, ConfigError, DataError, some
-from mlfs_jax.hf.configs import family_of, from_hf, own_labels
+from mlfs_jax.hf.configs import family_of, from_hf, label_names, own_labels
 from mlfs_jax.hf.gguf import gguf_in, prepare_folder, read_gguf
 from mlfs_jax.hf.gguf_file import open_gguf
 from mlfs_jax.hf.table import LEAVES, DecoderFamily, Family
 from mlfs_jax.hosts import to_host
 from mlfs_jax.model import Model, abstract, as_key, build, init_weights
-from mlfs_jax.registry import TEXT_FILES, resolve_model
+from mlfs_jax.registry import ADAPTER, TEXT_FILES, resolve_model
 
 log = logging.getLogger("mlfs_jax")
 
@@ -172,6 +172,12 @@ def load_checkpoint(
         source = prepare_folder(file)
         model = read_gguf(file, head=head or "lm", dtype=dtype, place=place, source=source)
         return model, LoadReport(source, (gguf.name,), (), ())
+    if (directory / ADAPTER).is_file():
+        raise CheckpointError(
+            f"{directory} holds a PEFT adapter ({ADAPTER}) beside its weights, and transformers would apply it: either "
+            "merge it once (AutoPeftModelForCausalLM, or the class of your head, .from_pretrained(dir)"
+            ".merge_and_unload().save_pretrained(elsewhere)), or take the adapter's files away."
+        )
     hf = read_config(directory)
     family = family_of(hf)
     _check_use(name, family.name, isinstance(family, DecoderFamily), head)
@@ -217,7 +223,9 @@ def load_checkpoint(
         for ours, fresh_one in new.items():
             weights[ours] = place(np.asarray(fresh_one, dtype), ours, specs[ours])
     report = LoadReport(directory, tuple(files), tuple(initialised), tuple(dropped))
-    return build(config, weights, name=directory.name, source=directory), report
+    own = config.head in ("sequence", "token") and "head.out" not in fresh
+    names = label_names(hf) if own else None
+    return build(config, weights, name=directory.name, source=directory, label_names=names or None), report
 
 
 def _check_use(name: str, kind: str, decoder: bool, head: str | None) -> None:

@@ -19,10 +19,11 @@ from mlfs_jax.hf.configs import to_hf
 from mlfs_jax.hf.families import FAMILIES
 from mlfs_jax.hf.table import to_theirs
 from mlfs_jax.model import Model
+from mlfs_jax.registry import ADAPTER
 from mlfs_jax.run import write_atomic, write_json
 
 MADE = {"made_by": "mlfs_jax"}
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = ADAPTER, "adapter_model.safetensors"
 
 TASKS = {"none": "FEATURE_EXTRACTION", "sequence": "SEQ_CLS", "token": "TOKEN_CLS", "mlm": None, "lm": "CAUSAL_LM"}
 

@@ -15,10 +15,12 @@ from mlfs_jax.hf.card import AUTO
 from mlfs_jax.hf.configs import from_hf
 from mlfs_jax.hf.export import REPORT, export_hf
 from mlfs_jax.hf.families import FAMILIES
-from mlfs_jax.hf.load import load_checkpoint
+from mlfs_jax.hf.load import from_pretrained, load_checkpoint
 from mlfs_jax.hf.reshape import Shape, nearest_shape
 from mlfs_jax.hf.table import EncoderFamily
 from mlfs_jax.model import abstract, build
+from mlfs_jax.slicing import slice_subnet
+from mlfs_jax.subnet import Subnet
 from tests.mlfs.hf_oracle import (
     HEADS,
     NAMES,
@@ -157,6 +159,11 @@ def test_shards_tokenizer_card_and_labels(tmp_path):
     assert theirs.config.id2label == {0: "x", 1: "y", 2: "z"}
     again, _ = load_checkpoint(report.directory)
     assert_equal_outputs(again, theirs, batch_for(model.config, np.random.default_rng(0)))
+    smaller = slice_subnet(again, Subnet(12, (1, 1), (4, 4), (0, 1)))
+    export_hf(smaller, tmp_path / "again")  # a classifier keeps the names of its labels
+    assert opened(again, tmp_path / "again").config.id2label == theirs.config.id2label
+    for other in ({"labels": 5}, {"head": "token"}):  # and a new one has none
+        assert from_pretrained(report.directory, **other).label_names is None
     card = (report.directory / "README.md").read_text()
     for words in ('AutoModelForSequenceClassification.from_pretrained("quarter")', "`minilm`", "| accuracy | 0.9 |",
                   "1 heads of zeros are added", f"{report.params_before:,}"):  # fmt: skip

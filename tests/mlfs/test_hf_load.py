@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mlfs_jax.backbone.tree import flatten
-from mlfs_jax.errors import CheckpointError, ConfigError, UnknownNameError
+from mlfs_jax.errors import CheckpointError, ConfigError, DataError, UnknownNameError
 from mlfs_jax.hf.configs import from_hf, to_hf
 from mlfs_jax.hf.export import export_hf
 from mlfs_jax.hf.load import from_pretrained, load_checkpoint
@@ -26,6 +26,7 @@ from tests.mlfs.hf_oracle import (
     torch,
     transformers,
 )
+from tests.mlfs.tiny import tiny_model
 
 
 @pytest.mark.parametrize("family", NAMES)
@@ -328,6 +329,18 @@ def test_files_that_are_not_there_or_not_whole(bert, tmp_path):
         load_checkpoint(tmp_path)
     with pytest.raises(UnknownNameError, match="minilm-l6"):
         from_pretrained("minilm-16")
+
+
+def test_an_adapter_of_peft_is_not_left_out(tmp_path):
+    """transformers applies one that lies in a model's folder."""
+    export_hf(tiny_model(), tmp_path / "model")
+    for folder in (tmp_path / "model", tmp_path / "alone"):
+        folder.mkdir(exist_ok=True)
+        (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"holds a PEFT adapter .* either merge it once"):
+        from_pretrained(tmp_path / "model")
+    with pytest.raises(DataError, match=r"only a PEFT adapter, to be merged .* no config\.json"):
+        from_pretrained(tmp_path / "alone")
 
 
 # ---- configs

@@ -1,6 +1,7 @@
 """Importance: scores against brute force, and reordering that changes nothing."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -45,6 +46,16 @@ def test_scores_are_the_sum_of_weight_times_gradient():
     np.testing.assert_allclose(importance.heads, heads + salience["layers.o.kernel"].sum((2, 3)), rtol=1e-4)
     layers = sum(s.reshape(3, -1).sum(1) for name, s in salience.items() if name.startswith("layers."))
     np.testing.assert_allclose(importance.layers, layers, rtol=1e-4)
+
+
+def test_scores_of_a_bfloat16_base_are_added_in_float32():
+    model = tiny_model().astype(jnp.bfloat16)
+    batch = tiny_batch(model.config)
+    importance, loss = measured(model, [batch])
+    grads, weights = flatten(jax.jit(jax.grad(loss))(model.base, batch)), flatten(model.base)
+    of = lambda leaf: np.asarray(leaf[...], np.float32)  # noqa: E731
+    layers = [abs(of(w) * of(grads[name])).reshape(3, -1).sum(1) for name, w in weights.items() if "layers." in name]
+    np.testing.assert_allclose(importance.layers, sum(layers), rtol=1e-4)
 
 
 def test_query_heads_share_the_score_of_their_keys_and_values():
