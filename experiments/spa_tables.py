@@ -35,11 +35,10 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import tyro
 from rich.console import Console
-from rich.table import Table
-from store import check_names, load_results, mean_and_spread, run_key, save_result
+from spa_report import report
+from store import check_names, load_results, run_key, save_result
 
 import mlfs_jax as mlfs
 import spa_jax as spa
@@ -285,11 +284,11 @@ def gate_of(config: spa.GateConfig, bench: Bench, plugin: spa.Plugin, train: Tok
     return gate, choose_threshold(held.probability(gate), config.usage)
 
 
-def priced(bench: Bench) -> dict:
-    """SPA on all training examples, with the gate that learns by likelihood and a price, over the same side network."""
+def disagreeing(bench: Bench) -> dict:
+    """SPA on all training examples, with a gate that learns where the two sides differ, over the same side network."""
     size = len(bench.data["train"])
     plugin, train, held = bench.tokens(f"spa-{size}", size)
-    gate, threshold = gate_of(GATES[PRICED], bench, plugin, train, held)
+    gate, threshold = gate_of(GATES["disagreement"], bench, plugin, train, held)
     validation = gated_result(held, held.probability(gate), threshold)
     return bench.score((plugin.replace(side=plugin.side.replace(gate=gate), threshold=threshold), validation))
 
@@ -314,8 +313,7 @@ def kind(order: str, bench: Bench) -> spa.SideConfig:
     return spa.SideConfig(ladder="plugin", every=bench.preset.every, order=order)
 
 
-PRICED = "marginal, price 0.4"
-GATES = {method: spa.GateConfig(method) for method in METHODS} | {PRICED: spa.GateConfig("marginal", price=0.4)}
+GATES = {method: spa.GateConfig(method, price=0.0) for method in METHODS} | {"marginal, price 0.4": spa.GateConfig()}
 
 # name -> what it measures; those of prompting have no seed
 JOBS: dict[str, Callable[[Bench], dict]] = {
@@ -337,7 +335,7 @@ JOBS: dict[str, Callable[[Bench], dict]] = {
     "spa, all": lambda b: on_all(b, "spa"),
     "s1, all": lambda b: on_all(b, "spa", setting="s1", threshold=0.0),
     "spa, no budget, all": lambda b: on_all(b, "spa", threshold=0.5),
-    "spa, priced, all": priced,
+    "spa, disagreement, all": disagreeing,
     "s2, all": lambda b: on_all(b, "s2"),
     "s3, all": lambda b: on_all(b, "s2", setting="s3", threshold=0.0),
     "serial": lambda b: curve(b, kind("serial", b)),
@@ -349,90 +347,13 @@ LONG = ("lora", "adapter", "parallel-adapter", *(job for job in JOBS if job.ends
 """Only when ``--jobs`` names them: hours more on two cores."""
 
 
-TABLES = {
-    "Table 1": (("zero-shot", "one-shot", "s3", "spa", "lora", "adapter", "parallel-adapter"), ("rougeL",)),
-    "Table 3: settings": (("s1", "s2", "s3", "spa"), ("rouge1", "rouge2", "rougeL", "usage")),
-    "Tables 5 and 6: data; the gate at 1/2": (("spa, small", "spa, medium", "spa, no budget"), ("rougeL", "usage")),
-    "Another task's plugin as the start": (
-        ("spa, small", "spa, small, started", "spa", "spa, started"),
-        ("rougeL", "usage"),
-    ),
-    "Table 3, all data": (
-        ("s1, all", "s2, all", "s3, all", "spa, all", "spa, priced, all"),
-        ("rouge1", "rouge2", "rougeL", "usage"),
-    ),
-    "Table 7: the two sides": (("spa", "spa, no budget", "s2"), ("diff", "pick", "usage")),
-}
-
-
-def print_gates(task: str, runs: list[dict], console: Console) -> None:
-    names = ("usage", "pick", "gated_accuracy", "gated_loss")
-    table = Table("", *names, title=f"{task}, gates over one side network, teacher-forced; {len(runs)} seeds")
-    for method in runs[0]["gates"] if runs else ():
-        of = {name: [run["gates"][method][name] for run in runs] for name in names}
-        table.add_row(method, *(mean_and_spread(values, "{:.3f}".format) for values in of.values()))
-    if runs:
-        console.print(table)
-
-
-def report(preset: str, model: str, console: Console) -> None:
-    """All tables and two pictures of what is there."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    results = [r for r in load_results(RESULTS).values() if (r["preset"], r["asked"]["model"]) == (preset, model)]
-    tasks = sorted({r["task"] for r in results})
-    if not tasks:
-        console.print(f"nothing measured yet with preset {preset}.")
-        return
-    figure, panels = plt.subplots(2, len(tasks), figsize=(5.5 * len(tasks), 8), squeeze=False, layout="constrained")
-    for column, task in enumerate(tasks):
-        of = lambda job, task=task: [r for r in results if r["task"] == task and r["job"] == job]  # noqa: E731
-        for title, (jobs, names) in TABLES.items():
-            table = Table(title=f"{task}, {title} ({preset})")
-            for name in ("", *names, "seeds"):
-                table.add_column(name, justify="left" if not name else "right")
-            for job in jobs:
-                if runs := of(job):
-                    percent = (mean_and_spread([100 * run[name] for run in runs]) for name in names)
-                    table.add_row(job, *percent, str(len(runs)))
-            console.print(table)
-        print_gates(task, of("gates"), console)
-        panel = panels[0][column]
-        markers = (("s1", "s"), ("s3", "v"), ("s2", "D"), ("spa", "o"), ("spa, no budget", "P"), ("spa, priced", "X"))
-        for colour, (job, marker) in zip(plt.rcParams["axes.prop_cycle"].by_key()["color"], markers, strict=False):
-            for runs, label, filled in ((of(job), job, "full"), (of(f"{job}, all"), f"{job}, all data", "none")):
-                if runs:
-                    x, y = ([100 * r[name] for r in runs] for name in ("usage", "rougeL"))
-                    panel.plot(x, y, marker, color=colour, fillstyle=filled, label=label)
-        for job, style in (("zero-shot", ":"), ("one-shot", "--"), ("lora", "-.")):
-            for run in of(job)[:1]:
-                panel.axhline(100 * run["rougeL"], ls=style, color="tab:gray", label=job)
-        panel.set(title=task, xlabel="tokens with the side network, %", ylabel="Rouge-L, test")
-        panel.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.14))  # over no point
-        panel = panels[1][column]
-        for job in ("serial", "parallel", "ladder"):
-            if runs := of(job):
-                losses = np.array([r["losses"] for r in runs])
-                spread = losses.std(0, ddof=1) if len(runs) > 1 else None
-                panel.errorbar(range(losses.shape[1]), losses.mean(0), spread, marker="o", capsize=2, label=job)
-        panel.set(xlabel="epochs", ylabel="validation loss of f + g, nats a token")
-        if panel.lines:
-            panel.legend(fontsize=8)
-    file = RESULTS.with_name(f"spa_tables_{preset}.png")
-    figure.savefig(file, dpi=120)
-    console.print(f"wrote {file}")
-
-
 def main(options: Options) -> None:
     console, preset = Console(), PRESETS[options.preset]
     check_names("job", options.jobs, JOBS)
     other = options.model if options.model != preset.model else None
     preset = dataclasses.replace(preset, model=options.model or preset.model)
     if options.report:
-        return report(options.preset, preset.model, console)
+        return report(RESULTS, options.preset, preset.model, console)
     model = spa.FitConfig(preset.model, "wiki-description").load_model()
     runs = options.runs / run_key(options.preset, other)
     wanted = options.jobs or [job for job in JOBS if job not in LONG]
@@ -456,7 +377,7 @@ def main(options: Options) -> None:
                 save_result(RESULTS, key, result | {"device": device_name()})
                 shown = {k: round(v, 4) for k, v in result.items() if isinstance(v, float)}
                 console.print(f"{shown} in {result['seconds']} s")
-    report(options.preset, preset.model, console)
+    report(RESULTS, options.preset, preset.model, console)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from store import final_score, load_results, mean_and_spread
 
 RESULTS = Path(__file__).parent / "results"
@@ -185,7 +186,7 @@ SPA_JOBS = {
     "s3, all": "S3 (LST), all training data",
     "s2, all": "S2, all training data",
     "spa, all": "SPA, all training data",
-    "spa, priced, all": "SPA, a gate by likelihood with a price of 0.4, all training data",
+    "spa, disagreement, all": "SPA, a gate that learns where the two sides differ, all training data",
     "spa, no budget, all": "SPA, threshold 1/2, all training data",
     "s1, all": "S1, all training data",
 }
@@ -204,6 +205,41 @@ def spa() -> str:
                     cells.append([f"{task}, {said}", *scores, usage, where(runs), preset])
     columns = ("", "Rouge-1", "Rouge-2", "Rouge-L", "tokens that asked the side network", "measured with", "preset")
     return markdown(columns, cells)
+
+
+SPA_SUMMARY = {
+    "one-shot": "one-shot prompt",
+    "s3": "S3 (LST): $g$",
+    "s2": "S2: $f$ or $g$",
+    "spa": "SPA: $f + \\sigma g$",
+    "spa, started": "SPA, begun with a plugin of all data of the other task",
+    "s1": "S1: $f + g$",
+    "lora": "LoRA in the base, one epoch",
+    "adapter": "adapters (Houlsby) in the base, one epoch",
+    "parallel-adapter": "parallel adapters in the base, one epoch",
+}
+
+
+def spa_summary() -> str:
+    """Rouge-L alone, a column for each task and amount of data."""
+    runs = chosen("spa_tables")
+    if not runs:
+        return NOTHING
+    rougeL, counts = {}, {}
+    for run in runs:
+        amount = ", all" if run["job"].endswith(", all") else ""
+        rougeL.setdefault((run["task"], amount, run["job"].removesuffix(", all")), []).append(run)
+        counts[run["task"], amount] = "all training examples" if amount else f"{run['asked']['train']:,} examples"
+    columns = sorted(counts)
+
+    def cell(column: tuple[str, str], job: str) -> str:
+        found = rougeL.get((*column, job), [])
+        usage = [100 * run["usage"] for run in found if job.startswith("spa")]
+        asked = f" ({np.mean(usage):.0f} % asked)" if usage else ""
+        return mean_and_spread([100 * run["rougeL"] for run in found]) + asked if found else ""
+
+    rows = [[said, *(cell(column, job) for column in columns)] for job, said in SPA_SUMMARY.items()]
+    return markdown(("", *(f"{task}, {counts[task, amount]}" for task, amount in columns)), rows)
 
 
 def quantised() -> str:
@@ -271,6 +307,7 @@ PARTS = {
     "choices": choices,
     "decoder": decoder,
     "spa": spa,
+    "spa-summary": spa_summary,
     "spa-gates": spa_gates,
     "quantised": quantised,
     "latency": latency,

@@ -17,12 +17,13 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import safetensors.numpy as safetensors
 from flax import nnx
 from jaxtyping import Array
 from safetensors import SafetensorError
 
-from mlfs_jax.backbone.tree import STACKED, flatten, map_named
+from mlfs_jax.backbone.tree import STACKED, flatten, map_named, misfit, split_axes
 from mlfs_jax.errors import ConfigError, RunError, unknown
 from mlfs_jax.hosts import by_writer, to_host
 from mlfs_jax.model import Model, as_key
@@ -35,12 +36,6 @@ def lora_sites(model: Model) -> tuple[str, ...]:
     """Sites that can take a low-rank pair: every linear map of the stacked layers."""
     names = (name.removesuffix(".kernel") for name in flatten(model.base) if name.endswith(".kernel"))
     return tuple(site for site in names if site.startswith(STACKED + "."))
-
-
-def _split_axes(kernel: nnx.Param) -> tuple[int, int]:
-    """Number of leading (stacked) axes, and index of the first output axis, of a kernel."""
-    stacked = int(kernel.axes[0] == STACKED)
-    return stacked, stacked + kernel.inputs
 
 
 def init_lora(
@@ -59,7 +54,10 @@ def init_lora(
         ConfigError: a rank below 1, or a language model's head, which stays as it is: the losses read it in the base.
     """
     key = as_key(key)
-    if rank < 1:
+    for name, value in (("sites", sites), ("full", full)):
+        if isinstance(value, str):  # its letters would be the names
+            raise ConfigError(f"{name} = {value!r}: expected several names, such as ({value!r},).")
+    if not isinstance(rank, int | np.integer) or rank < 1:
         raise ConfigError(f"rank = {rank}: expected a whole number of at least 1.")
     headed = [name for name in (*(sites or ()), *full) if name.split(".")[0] == "head"]
     if headed and model.config.head == "lm":
@@ -70,7 +68,7 @@ def init_lora(
         kernel = weights.get(f"{site}.kernel")
         if kernel is None:
             raise unknown("LoRA site", site, lora_sites(model))
-        stacked, out = _split_axes(kernel)
+        stacked, out = split_axes(kernel)
         shape = kernel.shape
         scale = math.prod(shape[stacked:out]) ** -0.5
         lora[site] = {
@@ -94,30 +92,10 @@ def lora_axes(base: nnx.State, lora: Mapping) -> dict[str, dict[str, tuple[str, 
         axes[site] = {leaf: weights[f"{site}.{leaf}"].axes for leaf in entry if leaf not in ("a", "b")}
         if "a" in entry:
             kernel = weights[f"{site}.kernel"]
-            stacked, out = _split_axes(kernel)
+            stacked, out = split_axes(kernel)
             axes[site]["a"] = (*kernel.axes[:out], "rank")
             axes[site]["b"] = (*kernel.axes[:stacked], "rank", *kernel.axes[out:])
     return axes
-
-
-def misfit(base: nnx.State, lora: Mapping) -> str | None:
-    """What in an adapter is not of this base, in words; None: all of it is."""
-    weights = flatten(base)
-    for site, entry in lora.items():
-        if ("a" in entry) != ("b" in entry):
-            return f"{site} has half of a pair, {', '.join(entry)}"
-        for leaf, value in entry.items():
-            name = f"{site}.kernel" if leaf in ("a", "b") else f"{site}.{leaf}"
-            if name not in weights:
-                return f"there is no {name}"
-            expected = weights[name].shape
-            if leaf in ("a", "b"):
-                stacked, out = _split_axes(weights[name])
-                rank = value.shape[-1] if leaf == "a" else value.shape[min(stacked, value.ndim - 1)]
-                expected = (*expected[:out], rank) if leaf == "a" else (*expected[:stacked], rank, *expected[out:])
-            if value.shape != expected:
-                return f"{site}/{leaf} has shape {value.shape}, not {expected}"
-    return None
 
 
 def stack_stages(stages: Sequence[Lora]) -> Lora:

@@ -19,7 +19,7 @@ from mlfs_jax.backbone.cache import Cache
 from mlfs_jax.backbone.decoder import Decoder
 from mlfs_jax.backbone.encoder import Encoder
 from mlfs_jax.backbone.quantised import Quantised, quantise
-from mlfs_jax.backbone.tree import Mask, Output, flatten, map_named
+from mlfs_jax.backbone.tree import Mask, Output, flatten, map_named, misfit
 from mlfs_jax.config import Config, DecoderConfig
 from mlfs_jax.errors import CheckpointError, ConfigError
 
@@ -127,8 +127,21 @@ def init_model(config: Config, key: int | Array, **fields) -> Model:
     return build(config, init_weights(config, as_key(key)), **fields)
 
 
+def check_dtype(dtype: DTypeLike) -> None:
+    """Raise ConfigError for a type in which a network does not compute."""
+    try:
+        known = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        known = False
+    if not known:
+        raise ConfigError(
+            f"dtype = {dtype!r}: expected float32, bfloat16 or float16; fewer bits are base_bits = 8 or 4."
+        )
+
+
 def cast_base(base: nnx.State, dtype: DTypeLike) -> nnx.State:
-    """The weights in another type; what has it already is not copied."""
+    """The weights in another type; what has it already is not copied. Raises ConfigError for no float."""
+    check_dtype(dtype)
     return map_named(lambda _, leaf: leaf.get_value().astype(dtype), base)
 
 
@@ -136,11 +149,15 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 """The entries of a batch that a network reads."""
 
 
-def as_inputs(batch: Mapping[str, ArrayLike]) -> dict[str, Array]:
+def as_inputs(batch: Mapping[str, ArrayLike], base: nnx.State | None = None) -> dict[str, Array]:
     """What a network reads of a batch, as arrays: of a tokenizer's output, too, whose type ``jax.jit`` does not take.
 
+    Args:
+        base: its vocabulary is what ids are to be of, where they are not on a device yet.
+
     Raises:
-        ConfigError: there are no ``input_ids``, they are not of two axes, or another entry has not their shape.
+        ConfigError: there are no ``input_ids``, they are not of two axes or not of the vocabulary, or another entry has
+            not their shape.
     """
     if not isinstance(batch, Mapping) or "input_ids" not in batch:
         got = f"one with {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
@@ -152,6 +169,14 @@ def as_inputs(batch: Mapping[str, ArrayLike]) -> dict[str, Array]:
     shape = inputs["input_ids"].shape
     if len(shape) != 2:
         raise ConfigError(f"input_ids has shape {shape}: expected two axes, [B, T].")
+    if not jnp.issubdtype(inputs["input_ids"].dtype, jnp.integer):
+        raise ConfigError(f"input_ids are {inputs['input_ids'].dtype}: expected whole numbers.")
+    if base is not None and not isinstance(batch["input_ids"], jax.Array):
+        ids, size = np.asarray(batch["input_ids"]), flatten(base)["embed.tokens.table"].shape[0]
+        if wrong := ids[(ids < 0) | (ids >= size)][:1].tolist():
+            raise ConfigError(
+                f"token id {wrong[0]}: expected ids from 0 to {size - 1}; is it from another model's tokenizer?"
+            )
     for name, value in inputs.items():
         if value.shape != shape:
             raise ConfigError(f"{name} has shape {value.shape}: expected {shape}, that of input_ids.")
@@ -195,14 +220,15 @@ def forward(
         logits: False leaves out the head, whose logits may be the largest array of all.
 
     Raises:
-        ConfigError: the batch has no ``input_ids`` of two axes; the adapter names a weight that the model does not
-            have; T is beyond its table of positions, or beyond the cache's slots. How full a cache is, is known to its
-            caller alone: what has no slot is dropped.
+        ConfigError: the batch has no ``input_ids`` of two axes, or has ids that are not of the vocabulary (in lists and
+            numpy arrays; on a device they are not looked at); the adapter or the mask is of another model; T is beyond
+            its table of positions, or beyond the cache's slots. How full a cache is, is known to its caller alone: what
+            has no slot is dropped.
     """
     return _forward(
         graphdef,
         base,
-        as_inputs(batch),
+        as_inputs(batch, base),
         lora=lora,
         mask=mask,
         taps=taps,
@@ -216,15 +242,14 @@ def forward(
 
 @partial(jax.jit, static_argnames=("graphdef", "taps", "remat", "unroll", "rows", "logits"))
 def _forward(graphdef, base, batch, *, lora, mask, taps, remat, unroll, rows, cache, logits) -> Output:
+    if (wrong := misfit(base, lora or {}, mask)) is not None:
+        raise ConfigError(f"{'mask' if wrong.startswith('mask') else 'adapter'} of another model: {wrong}.")
     pairs: dict[str, Mapping] = {}
     deltas: dict[str, Array] = {}
     for site, entry in (lora or {}).items():
         if "a" in entry:
             pairs[site] = entry
         deltas |= {f"{site}.{leaf}": value for leaf, value in entry.items() if leaf not in ("a", "b")}
-    missing = {*deltas, *(f"{site}.kernel" for site in pairs)} - flatten(base).keys()
-    if missing:
-        raise ConfigError(f"the adapter is not of this model, which has no {', '.join(sorted(missing))}.")
     if deltas:
 
         def add(name: str, leaf: nnx.Param):

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mlfs_jax.backbone.tree import flatten, map_named
+from mlfs_jax.backbone.tree import flatten, map_named, misfit
 from mlfs_jax.checkpoint import Checkpoints
 from mlfs_jax.data.batches import Batches
 from mlfs_jax.data.encode import Encoded, fingerprint
@@ -33,7 +33,7 @@ from mlfs_jax.evaluate import evaluate
 from mlfs_jax.fit_config import FitConfig, from_anywhere
 from mlfs_jax.hosts import decided, is_writer, same_everywhere
 from mlfs_jax.importance import Order, block_influence, importance_order, measure_importance, reorder, reorder_lora
-from mlfs_jax.lora import Lora, init_lora, load_lora, merge_lora, misfit, save_lora, stack_stages
+from mlfs_jax.lora import Lora, init_lora, load_lora, merge_lora, save_lora, stack_stages
 from mlfs_jax.model import Model, cast_base, forward
 from mlfs_jax.preemption import Preemption, preemption
 from mlfs_jax.run import Run, check_finite
@@ -198,7 +198,7 @@ def fit(
         RunError: ``out`` holds another run.
         MLFSError: a name, file or setting is wrong; the message says which.
     """
-    console = console or Console(quiet=not is_writer())
+    console = console or Console(quiet=not is_writer(), soft_wrap=True)
     mesh = mesh_of_job(mesh)
     config = dataclasses.replace(config, model=from_anywhere(config.model), task=from_anywhere(config.task))
     task = config.get_task()

@@ -220,7 +220,7 @@ def fit_baseline(
     """
     if config.method == "lst":
         raise ConfigError("lst is a side network alone: fit it with setting 's3' (`spa fit --setting s3`).")
-    console = console or Console()
+    console = console or Console(soft_wrap=True)
     config = dataclasses.replace(
         config, model=from_anywhere(config.model), task=from_anywhere(config.task), steps=config.steps or 600
     )

@@ -88,9 +88,7 @@ class FitConfig:
     save_every: int = 100
 
     def __post_init__(self):
-        setting = Setting.parse(self.setting)
-        if setting.gated:
-            self.gate.method_for(setting)
+        Setting.parse(self.setting)
         for name, least in (
             ("steps", 1),
             ("batch_size", 1),

@@ -102,8 +102,9 @@ def choose_threshold(probabilities: Float[np.ndarray, " M"], usage: float) -> fl
         return NEVER
     if wanted == len(p):
         return ALWAYS
-    # between two probabilities, so that rounding elsewhere does not flip the last one
-    return float((p[wanted - 1] + p[wanted]) / 2)
+    # between two probabilities, so that rounding elsewhere does not flip the last one; they may be neighbours
+    between = np.float32((p[wanted - 1] + p[wanted]) / 2)
+    return float(between if between > p[wanted] else p[wanted - 1])
 
 
 def choose(probability: Float[Array, "..."], threshold: float | Array) -> Bool[Array, "..."]:

@@ -74,9 +74,9 @@ class SideOutput:
     side_logits: Float[Array, "B T V"]
 
 
-def as_batch(tokens: ArrayLike | Mapping[str, ArrayLike]) -> dict[str, Array]:
+def as_batch(tokens: ArrayLike | Mapping[str, ArrayLike], base: nnx.State | None = None) -> dict[str, Array]:
     """``input_ids`` and ``attention_mask`` from token ids alone, or from a batch that has them."""
-    batch = backbone_model.as_inputs(tokens if isinstance(tokens, Mapping) else {"input_ids": tokens})
+    batch = backbone_model.as_inputs(tokens if isinstance(tokens, Mapping) else {"input_ids": tokens}, base)
     ids = batch["input_ids"]
     return {"input_ids": ids, "attention_mask": batch.get("attention_mask", jnp.ones(ids.shape, jnp.int32))}
 
@@ -169,13 +169,13 @@ def forward(
 
     Raises:
         PluginError: the side network was made for a base of another depth.
-        ConfigError: there are no ids of two axes.
+        ConfigError: there are no ids of two axes, or not of the vocabulary.
     """
     return _forward(
         graphdef,
         base,
         side,
-        as_batch(tokens),
+        as_batch(tokens, base),
         setting=Setting.parse(setting),
         threshold=threshold,
         sigma=sigma,

@@ -154,7 +154,7 @@ def fit(
         RunError: ``out`` holds another run.
         MLFSError: a name, file or setting is wrong; the message says which.
     """
-    console, mesh = console or Console(quiet=not is_writer()), mesh_of_job(mesh)
+    console, mesh = console or Console(quiet=not is_writer(), soft_wrap=True), mesh_of_job(mesh)
     config = config.anywhere()
     if config.cache_taps == "disk" and several():
         raise ConfigError("cache_taps = 'disk': several processes would write one folder; give 'ram', or 'off'.")
@@ -367,7 +367,7 @@ def fit_users(
     Raises:
         ConfigError: the task has no users.
     """
-    console, model = console or Console(), config.load_model(mesh)
+    console, model = console or Console(soft_wrap=True), config.load_model(mesh)
     data = config.load_data(config.get_task(), model)
     users = sorted({*(data["train"].users or ())} & {*(data["validation"].users or ())})
     if not users:

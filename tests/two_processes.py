@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tests.virtual_devices import virtual_devices
+from tests.virtual_devices import child
 
 HEARTBEAT = 5
 
@@ -22,7 +22,7 @@ def two(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # programs are compiled once: process 0 leaves them to the next start
-    env = virtual_devices(devices) | {
+    env = child(devices) | {
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }

@@ -40,6 +40,10 @@ class Mask:
         return Mask(jnp.broadcast_to(self.embed, (layers, *self.embed.shape)), self.heads, self.mlp, self.layers)
 
 
+MASKED = {"embed": ("embed",), "heads": (STACKED, "heads"), "mlp": (STACKED, "mlp"), "layers": (STACKED,)}
+"""The axes of a mask's leaves, by the names that a base gives its own."""
+
+
 @partial(
     jax.tree_util.register_dataclass, data_fields=["logits", "hidden", "taps", "cache", "embedded"], meta_fields=[]
 )
@@ -66,6 +70,38 @@ class Output:
 def flatten(base: nnx.State) -> dict[str, nnx.Param]:
     """Dotted name -> Param, e.g. ``"layers.q.kernel"``."""
     return {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(base)}
+
+
+def split_axes(kernel: nnx.Param) -> tuple[int, int]:
+    """Number of leading (stacked) axes, and index of the first output axis, of a kernel."""
+    stacked = int(kernel.axes[0] == STACKED)
+    return stacked, stacked + kernel.inputs
+
+
+def misfit(base: nnx.State, lora: Mapping, mask: Mask | None = None) -> str | None:
+    """What in an adapter or a mask is not of this base, in words; None: all of it is."""
+    weights = flatten(base)
+    if mask is not None:
+        sizes = {axis: size for leaf in weights.values() for axis, size in zip(leaf.axes, leaf.shape, strict=True)}
+        for name, axes in MASKED.items():
+            found, expected = getattr(mask, name).shape, tuple(sizes[axis] for axis in axes)
+            if found != expected:
+                return f"mask.{name} has shape {found}, not {expected}"
+    for site, entry in lora.items():
+        if ("a" in entry) != ("b" in entry):
+            return f"{site} has half of a pair, {', '.join(entry)}"
+        for leaf, value in entry.items():
+            name = f"{site}.kernel" if leaf in ("a", "b") else f"{site}.{leaf}"
+            if name not in weights:
+                return f"there is no {name}"
+            expected = weights[name].shape
+            if leaf in ("a", "b"):
+                stacked, out = split_axes(weights[name])
+                rank = value.shape[-1] if leaf == "a" else value.shape[min(stacked, value.ndim - 1)]
+                expected = (*expected[:out], rank) if leaf == "a" else (*expected[:stacked], rank, *expected[out:])
+            if value.shape != expected:
+                return f"{site}/{leaf} has shape {value.shape}, not {expected}"
+    return None
 
 
 def map_named(f: Callable[[str, nnx.Param], Any], base: nnx.State) -> nnx.State:

@@ -95,6 +95,10 @@ def from_hf(
                 f"labels = {labels}, problem = {problem!r}: the head of a {family.name} decoder has none."
             )
         return family.from_hf(hf).replace(head=head)
+    if head not in ("sequence", "token") and (labels, problem) != (None, None):
+        raise ConfigError(
+            f"labels = {labels}, problem = {problem!r}: head {head!r} has none; give head = 'sequence' or 'token' too."
+        )
     return _encoder(family, hf, head, labels, problem, pooler and "pooler.dense" in family.heads["none"])
 
 

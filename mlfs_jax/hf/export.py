@@ -98,7 +98,8 @@ def export_hf(
 
     Raises:
         ConfigError: the family cannot express the model, for another reason than the width of its heads.
-        RunError: the folder holds something that is not an export, or the model that this one is made from.
+        RunError: the folder holds something that is not an export, or the model that this one is made from, or cannot
+            be made.
         CheckpointError: ``tokenizer_from`` has no tokenizer.
     """
     directory = Path(directory).expanduser().absolute()  # so that "." has a name
@@ -111,8 +112,11 @@ def export_hf(
     hf = to_hf(config, label_names=model.label_names if label_names is None else label_names)
     hf["dtype"] = str(weights["embed.tokens.table"].dtype)
 
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.resolve().parent))
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.resolve().parent))
+    except OSError as error:
+        raise RunError(f"cannot make the folder {directory}: {error.strerror}.") from error
     try:
         fresh.chmod(0o755)  # mkdtemp's own is for this user only
         files = ["config.json", *_write_weights(fresh, config, weights, max_shard_bytes)]

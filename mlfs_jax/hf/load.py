@@ -28,7 +28,7 @@ from mlfs_jax.hf.gguf import gguf_in, prepare_folder, read_gguf
 from mlfs_jax.hf.gguf_file import open_gguf
 from mlfs_jax.hf.table import LEAVES, DecoderFamily, Family
 from mlfs_jax.hosts import to_host
-from mlfs_jax.model import Model, abstract, as_key, build, init_weights
+from mlfs_jax.model import Model, abstract, as_key, build, check_dtype, init_weights
 from mlfs_jax.registry import ADAPTER, TEXT_FILES, resolve_model
 
 log = logging.getLogger("mlfs_jax")
@@ -162,6 +162,7 @@ def load_checkpoint(
         return quantise_weight(name, spec, _place(value, spec.axes, sharding), base_bits)
 
     check_bits(base_bits)
+    check_dtype(dtype)
     directory = Path(directory).expanduser()
     name = name or directory.name
     if (gguf := gguf_in(directory)) is not None:

@@ -217,6 +217,9 @@ def test_mistakes(tmp_path):
     model = random_model(config_of("bert", "sequence", 12, 3, 4))
     with pytest.raises(ConfigError, match="3 different"):
         export_hf(model, tmp_path / "out", label_names=["a"])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"cannot make the folder .*file/a/out: Not a directory"):
+        export_hf(model, tmp_path / "file" / "a" / "out")
     with pytest.raises(CheckpointError, match="tokenizer_from"):
         export_hf(model, tmp_path / "out", tokenizer_from=tmp_path)
     assert not (tmp_path / "out").exists()

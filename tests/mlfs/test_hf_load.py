@@ -397,6 +397,11 @@ def test_what_hugging_face_cannot_express_is_refused(family, change, words):
         to_hf(config.replace(**change))
 
 
+def test_labels_are_for_a_head_that_has_some():
+    with pytest.raises(ConfigError, match=r"labels = 7, problem = None: head 'mlm' has none; give head = 'sequence'"):
+        from_hf({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, labels=7)
+
+
 def test_regression_and_label_names():
     config = from_hf({"model_type": "bert"}, head="sequence", labels=1, problem="regression")
     assert from_hf(to_hf(config)).problem == "regression"

@@ -33,7 +33,7 @@ def test_no_part_of_an_adapter_is_ignored():
         merged = logits(model, mlfs.merge_lora(model.base, alone), batch)
         np.testing.assert_allclose(logits(model, model.base, batch, alone), merged, atol=1e-4)
         assert abs(merged - logits(model, model.base, batch)).max() > 1e-3, site
-    with pytest.raises(ConfigError, match=r"has no layers\.gate\.kernel"):
+    with pytest.raises(ConfigError, match=r"adapter of another model: there is no layers\.gate\.kernel"):
         logits(model, model.base, batch, {"layers.gate": lora["layers.q"]})
 
 
@@ -108,6 +108,8 @@ def test_mistakes_are_named():
         mlfs.init_lora(key, model, full=("heads",))
     with pytest.raises(ConfigError, match="rank = 0"):
         mlfs.init_lora(key, model, rank=0)
+    with pytest.raises(ConfigError, match=r"sites = 'layers\.q': expected several names, such as \('layers\.q',\)"):
+        mlfs.init_lora(key, model, sites="layers.q")
     pair = mlfs.init_lora(key, model)["layers.q"]
     for lora, wrong in (
         ({"layers.nope": pair}, r"there is no layers\.nope\.kernel"),

@@ -85,6 +85,9 @@ def test_what_a_tokenizer_gives_is_a_batch():
         ({"ids": [[1, 2]]}, "batch = one with ids: expected a dict with input_ids"),
         ({"input_ids": [1, 2]}, r"input_ids has shape \(2,\): expected two axes"),
         ({"input_ids": [[1, 2], [3]]}, "pad its texts to one length"),
+        ({"input_ids": [[0.5, 2.0]]}, "input_ids are float32: expected whole numbers"),
+        ({"input_ids": [[1, 99]]}, "token id 99: expected ids from 0 to 52; is it from another model's tokenizer"),
+        ({"input_ids": np.array([[1, -100]])}, "token id -100: expected ids from 0 to 52"),
         ({"input_ids": [[1, 2]], "attention_mask": [[1]]}, r"attention_mask has shape \(1, 1\): expected \(1, 2\)"),
     ],
 )
@@ -92,6 +95,28 @@ def test_a_batch_that_is_none(batch, message):
     model = tiny_model()
     with pytest.raises(ConfigError, match=message):
         forward(model.graphdef, model.base, batch)
+
+
+def test_an_adapter_or_a_mask_of_another_model():
+    model = tiny_model()
+    run = lambda **how: forward(model.graphdef, model.base, tiny_batch(model.config), **how)  # noqa: E731
+    for lora, message in (
+        ({"layers.q": {"a": jnp.ones((3, 24, 4))}}, "layers.q has half of a pair, a"),
+        ({"head.out": {"bias": jnp.ones(1)}}, r"head.out/bias has shape \(1,\), not \(3,\)"),  # would broadcast
+        (tiny_lora(tiny_model(layers=2)), r"layers.* has shape \(2, .* not \(3, "),
+    ):
+        with pytest.raises(ConfigError, match=f"adapter of another model: {message}"):
+            run(lora=lora)
+    for changes in ({"embed": 48}, {"heads": 6, "head_dim": 4}, {"mlp": 40}, {"layers": 2}):
+        config = tiny_config(**changes)
+        with pytest.raises(ConfigError, match=r"mask of another model: mask\..* has shape"):
+            run(mask=mlfs.make_mask(config, mlfs.SubnetSpace(config).maxnet))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bf16", bool])
+def test_a_type_in_which_nothing_is_computed(dtype):
+    with pytest.raises(ConfigError, match=r"dtype = .*: expected float32, bfloat16 or float16"):
+        tiny_model().astype(dtype)
 
 
 @pytest.mark.parametrize(

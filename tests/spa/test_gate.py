@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from mlfs_jax.errors import ConfigError
-from spa_jax.config import FitConfig
 from spa_jax.gate import ALWAYS, calibration_curve, choose_threshold, straight_through
 from spa_jax.gate_fit import GateConfig, fit_gate
 from spa_jax.plugin import Plugin
@@ -35,17 +34,24 @@ def used(gate: dict, found: TokenScores, usage: float = 0.5) -> np.ndarray:
     return p >= choose_threshold(p, usage)
 
 
-def test_by_default_a_gate_learns_where_the_two_sides_disagree():
+def test_a_gate_learns_where_the_two_sides_disagree():
     train, held = scores(0), scores(1)
-    default, named = (fit_gate(train, GateConfig(m), Setting.SPA, KEY) for m in (None, "disagreement"))
-    jax.tree.map(np.testing.assert_array_equal, default, named)
-    assert (used(default, held) == held.differs).mean() > 0.95
+    gate = fit_gate(train, GateConfig("disagreement"), Setting.SPA, KEY)
+    assert (used(gate, held) == held.differs).mean() > 0.95
 
 
-def test_where_g_stands_alone_a_gate_learns_which_side_is_likelier():
+def test_by_default_a_use_has_a_price_where_g_adds():
+    fit_for = lambda setting, **how: fit_gate(scores(0), GateConfig("marginal", **how), setting, KEY)  # noqa: E731
+    for setting, price in ((Setting.SPA, 0.4), (Setting.S2, 0.0)):
+        default = fit_gate(scores(0), GateConfig(), setting, KEY)
+        jax.tree.map(np.testing.assert_array_equal, default, fit_for(setting, price=price))
+    paid, free = (scores(1).probability(fit_for(setting)) for setting in (Setting.SPA, Setting.S2))
+    assert paid.mean() < free.mean() - 0.05
+
+
+def test_a_gate_learns_which_side_is_likelier():
     train, held = scores(0), scores(1)
-    gate = fit_gate(train, GateConfig(), Setting.S2, KEY)
-    jax.tree.map(np.testing.assert_array_equal, gate, fit_gate(train, GateConfig("marginal"), Setting.SPA, KEY))
+    gate = fit_gate(train, GateConfig(price=0.0), Setting.SPA, KEY)
     p = held.probability(gate)
     better, worse = held.base_nll > 2, held.side_nll > 2
     assert p[better].mean() > 0.6 > 0.4 > p[worse].mean()
@@ -79,13 +85,22 @@ def test_a_price_lowers_the_use(method):
 
 
 def test_a_price_that_nothing_is_weighed_against_is_refused():
-    for method in (None, "disagreement", "similarity"):
-        gate = GateConfig(method, price=0.5)
+    for method in ("disagreement", "similarity"):
         with pytest.raises(ConfigError, match=r"price = 0\.5 with method .* weighs no likelihoods against it: use"):
-            FitConfig("model", "task", gate=gate)
-    FitConfig("model", "task", "s2", gate=GateConfig(price=0.5))  # its default, marginal, does
-    with pytest.raises(ConfigError, match="gate method = 'coin': expected one of disagreement, marginal"):
+            GateConfig(method, price=0.5)
+    with pytest.raises(ConfigError, match="gate method = 'coin': expected one of marginal, straight-through"):
         GateConfig("coin")
+
+
+def test_a_threshold_between_neighbours_of_float32():
+    """Their middle rounds to one of them: the lower one would let both pass."""
+    low = np.float32(0.5)
+    while low < 0.51:
+        high = np.nextafter(low, np.float32(1))
+        p = np.array([high, low])
+        assert (p >= choose_threshold(p, 0.5)).tolist() == [True, False]
+        assert (jnp.asarray(p) >= choose_threshold(p, 0.5)).tolist() == [True, False]
+        low += np.float32(0.0011)
 
 
 @pytest.mark.parametrize("wanted, used", [(0.1, 0.0), (0.4, 0.6), (0.6, 0.6), (0.7, 0.6), (0.9, 1.0)])
