@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import index
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,13 @@ class Subnet:
 
     def __post_init__(self):
         for axis in ("heads", "mlp", "layers"):  # lists are no arguments of compiled functions
-            object.__setattr__(self, axis, tuple(getattr(self, axis)))
+            values = getattr(self, axis)
+            try:
+                object.__setattr__(self, axis, tuple(map(index, values)))
+            except TypeError as error:
+                raise SubnetError(
+                    f"{axis} = {values!r}: expected whole numbers, one for each kept layer, such as (2, 2, 2)."
+                ) from error
         if not len(self.heads) == len(self.mlp) == len(self.layers) > 0:
             raise SubnetError(
                 f"a subnet of {len(self.layers)} layers with {len(self.heads)} head counts and {len(self.mlp)} mlp "

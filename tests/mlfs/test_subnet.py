@@ -127,6 +127,9 @@ def test_other_mistakes():
         mlfs.SubnetSpace(tiny_config(), heads=(2, 1), mlp=(20, 10))
     with pytest.raises(SubnetError, match="not of one length"):
         mlfs.SubnetSpace(tiny_config(), heads=(4, 2, 1), mlp=(20, 10))
+    for heads in (4, (4.0, 4.0)):
+        with pytest.raises(SubnetError, match=r"heads = .*4.*: expected whole numbers, one for each kept layer"):
+            Subnet(24, heads, (36, 36), (0, 1))
     with pytest.raises(SubnetError, match="at least one layer"):
         Subnet(24, (4,), (20, 20), (0, 1))
     with pytest.raises(SubnetError, match="ascending"):
