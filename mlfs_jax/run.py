@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from mlfs_jax.errors import RunError
+from mlfs_jax.errors import ConfigError, RunError
 from mlfs_jax.hosts import by_writer, same_everywhere
 
 T = TypeVar("T")
@@ -139,7 +139,7 @@ class Run:
                 k: tuple(v) if isinstance(v, list) else v for k, v in self.config.items() if k != "data"
             }
             return cls(**saved | {name: part(**saved[name]) for name, part in parts.items()})
-        except (TypeError, KeyError) as e:
+        except (TypeError, KeyError, ConfigError) as e:
             raise RunError(
                 f"{self.path} holds no run of {self.kind} that this version reads ({e}): it is damaged, "
                 f"of another program, or of version {self.version}."
