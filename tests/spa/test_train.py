@@ -252,7 +252,7 @@ def test_a_run_says_what_it_is_of(config, tmp_path):
     file = tmp_path / "run" / "run.json"  # one of mlfs fit, from before a run said what it is of
     old = json.loads(file.read_text())
     file.write_text(json.dumps(old | {"config": old["config"] | {"gate": {"method": None}}}))
-    with pytest.raises(RunError, match="no run of spa fit that this version reads .gate method = None: expected"):
+    with pytest.raises(RunError, match=r"no run of spa fit that this version reads \(gate method = None: expected"):
         load_run(tmp_path / "run")
     del old["kind"], old["config"]["side"]
     file.write_text(json.dumps(old))
