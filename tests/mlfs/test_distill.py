@@ -88,6 +88,8 @@ def test_feature_loss_is_blind_to_padding_to_skipped_layers_and_to_the_scale_of_
     elsewhere = student.at[1].add(9.0).at[:, 1, 2:].add(9.0)  # the skipped layer, the padded tokens
     np.testing.assert_allclose(feature_loss(teacher, elsewhere, projection, mask, tokens, "all"), loss, rtol=1e-5)
     np.testing.assert_allclose(feature_loss(teacher, student, 7 * projection, mask, tokens, "all"), loss, rtol=1e-4)
+    slope = jax.grad(lambda u: feature_loss(teacher, student, u, mask, tokens, "all"))(projection)
+    assert abs(slope).max() > 1e-2 and abs((slope * projection).sum()) < 1e-4  # it turns U, and does not shrink it
     assert feature_loss(teacher, teacher, projection, mask, tokens, "last") < 1e-6 < loss
     t, s = (np.asarray(x @ projection)[2][np.asarray(tokens) > 0] for x in (teacher, student))
     expected = np.mean((t - s) ** 2) / np.mean(t**2)
