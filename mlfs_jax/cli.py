@@ -217,6 +217,7 @@ def export(
         gguf_type: of the matrices in a .gguf file.
     """
     from mlfs_jax.export import export_adapter, export_subnet, export_subnet_gguf
+    from mlfs_jax.hf.gguf import gguf_in
     from mlfs_jax.palette import Palette
     from mlfs_jax.train import load_run
 
@@ -233,6 +234,13 @@ def export(
     if peft:
         written = export_adapter(fitted, to)
         print(f"{to}: adapter of rank {written.rank}, {written.params:,} parameters")
+        if gguf_in(resolve_model(fitted.config.model)) is not None:
+            print(
+                "  The base was read from a GGUF file, which peft does not open by itself: load it with transformers'"
+            )
+            print(
+                "  from_pretrained(..., gguf_file=...), or the checkpoint that it was made from, and the adapter onto it."
+            )
         return
     if gguf:
         file = export_subnet_gguf(fitted, subnet, to, gguf_type)

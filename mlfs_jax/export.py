@@ -18,6 +18,7 @@ import numpy as np
 
 from mlfs_jax.errors import RunError
 from mlfs_jax.hf.export import ORIGIN, ExportReport, export_hf
+from mlfs_jax.hf.gguf import gguf_in
 from mlfs_jax.hf.gguf_write import GGUFReport, export_gguf
 from mlfs_jax.hf.peft import PeftReport, export_peft
 from mlfs_jax.importance import reorder, reorder_lora
@@ -122,7 +123,11 @@ def export_subnet_gguf(fitted: Fitted, subnet: str, file: str | Path, dtype: str
 
     Raises:
         ConfigError: of another family than Llama or Qwen2.
+        RunError: the file is no export, or the model of the run itself.
     """
+    base, file = Path(fitted.config.model).expanduser(), Path(file).expanduser()
+    if base.exists() and (used := gguf_in(base)) is not None and used.resolve() == file.resolve():
+        raise RunError(f"{file} is the model that this one is made from, and runs need it: choose another name.")
     small = slice_subnet(fitted.merged, fitted.space.named(subnet))
     return export_gguf(small, file, dtype, name=f"{short(fitted.config.model)} {subnet}")
 

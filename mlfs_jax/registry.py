@@ -94,7 +94,7 @@ def resolve_model(name_or_path: str | Path, *, files: tuple[str, ...] = HF_FILES
             adapter = "only a PEFT adapter, to be merged into its base first: " * (path / ADAPTER).is_file()
             raise DataError(f"{path} is not a model folder: {adapter}it has no config.json (nor a .gguf file).")
         return path
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise DataError(f"there is no file {path}; expected a GGUF file.")
         return path

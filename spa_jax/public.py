@@ -15,6 +15,7 @@ import numpy as np
 import safetensors.numpy as safetensors
 from safetensors import SafetensorError
 
+from mlfs_jax.errors import RunError
 from spa_jax.errors import PluginError
 
 
@@ -49,13 +50,20 @@ class Public:
 
 
 def save_public(file: str | Path, public: Public) -> Path:
-    """Write one into a safetensors file."""
+    """Write one into a safetensors file; RunError for a file that holds anything else."""
+    file = Path(file).expanduser()
+    if file.exists():
+        try:
+            load_public(file)
+        except PluginError:
+            raise RunError(f"{file} is there and holds no public Down: choose another name, or remove it.") from None
     arrays = {name: getattr(public, name) for name in ("taps", "down", "bias", "gate")}
     kinds = {"taps": np.int32}
     arrays = {name: np.ascontiguousarray(x, kinds.get(name, np.float32)) for name, x in arrays.items() if x is not None}
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    Path(file).write_bytes(safetensors.save(arrays))
-    return Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    whole = file.with_name(f".{file.name}.tmp")
+    whole.write_bytes(safetensors.save(arrays))
+    return whole.replace(file)
 
 
 def load_public(file: str | Path) -> Public:

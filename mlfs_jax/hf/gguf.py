@@ -59,7 +59,7 @@ def gguf_in(path: str | Path) -> Path | None:
         CheckpointError: the folder holds several.
     """
     path = Path(path).expanduser()
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         return path
     if not path.is_dir() or any(path.glob("*.safetensors*")):
         return None

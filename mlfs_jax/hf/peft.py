@@ -13,7 +13,7 @@ from jaxtyping import Array
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from mlfs_jax.backbone.tree import STACKED, flatten
+from mlfs_jax.backbone.tree import STACKED, flatten, misfit
 from mlfs_jax.errors import ConfigError, RunError
 from mlfs_jax.hf.configs import to_hf
 from mlfs_jax.hf.families import FAMILIES
@@ -62,8 +62,9 @@ def export_peft(
         base_model_name: what transformers loads the base from: a hub id or a path.
 
     Raises:
-        ConfigError: Hugging Face cannot express the model's shape, or PEFT the adapter (a pair and a delta at one
-            site, a parameter outside any module, a projection that is joined with others or stored [in, out]).
+        ConfigError: the adapter is of another model, or has no low-rank pair; Hugging Face cannot express the model's
+            shape, or PEFT the adapter (a pair and a delta at one site, a parameter outside any module, a projection
+            that is joined with others or stored [in, out]).
         RunError: the folder holds something else than an adapter, or it cannot be written.
     """
     directory = Path(directory).expanduser()
@@ -75,8 +76,12 @@ def export_peft(
         )
     config, family = model.config, FAMILIES[model.config.family]
     to_hf(config)  # a sliced shape has no base that PEFT could load
+    if (wrong := misfit(model.base, lora)) is not None:
+        raise ConfigError(f"adapter of another model: {wrong}.")
     params = flatten(model.base)
     pairs = {site: entry for site, entry in lora.items() if "a" in entry}
+    if not pairs:
+        raise ConfigError("the adapter has no low-rank pair: PEFT opens none without.")
     whole = {site for site, entry in lora.items() if entry.keys() - {"a", "b"}}
     if config.head in ("sequence", "token"):
         whole |= set(family.heads[config.head])
@@ -100,7 +105,7 @@ def export_peft(
             )
 
     tensors: dict[str, np.ndarray] = {}
-    rank = max((entry["a"].shape[-1] for entry in pairs.values()), default=0)
+    rank = max(entry["a"].shape[-1] for entry in pairs.values())
     for site, entry in pairs.items():
         kernel, stacked = params[f"{site}.kernel"], site.startswith(STACKED + ".")
         depth = kernel.shape[0] if stacked else 1
@@ -139,7 +144,10 @@ def export_peft(
         "target_modules": f"({patterns})",
         "modules_to_save": saved or None,
     }
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"cannot make the folder {directory}: {error.strerror}.") from error
     write_atomic(directory / WEIGHTS, save(tensors, metadata={"format": "pt"} | MADE))
     write_json(directory / CONFIG, adapter)
     params_written = sum(tensor.size for tensor in tensors.values())

@@ -140,12 +140,22 @@ def test_what_peft_cannot_hold_is_refused(load_base, tmp_path):
         export_peft(model, lora, tmp_path / "x", base_model_name="base")
     sliced = model.replace(config=model.config.replace(head_dim=model.config.head_dim + 1))
     with pytest.raises(ConfigError, match="head_dim"):
-        export_peft(sliced, {}, tmp_path / "x", base_model_name="base")
+        export_peft(sliced, lora, tmp_path / "x", base_model_name="base")
     (tmp_path / "y").mkdir()
     (tmp_path / "y" / "file").write_text("")
     with pytest.raises(RunError, match="not an adapter"):
         export_peft(model, {}, tmp_path / "y", base_model_name="base")
     lora = init_lora(jax.random.key(0), model)
+    for wrong, says in (
+        ({}, "no low-rank pair"),
+        ({"layers.foo": lora["layers.q"]}, r"adapter of another model: there is no layers\.foo\.kernel"),
+        ({"layers.q": {"a": lora["layers.q"]["a"]}}, "half of a pair"),
+        ({"layers.q": {leaf: value[:1] for leaf, value in lora["layers.q"].items()}}, r"has shape \(1, "),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            export_peft(model, wrong, tmp_path / "x", base_model_name="base")
+    with pytest.raises(RunError, match="cannot make the folder"):
+        export_peft(model, lora, tmp_path / "y" / "file" / "z", base_model_name="base")
     for _ in range(2):  # its own is written over
         export_peft(model, lora, tmp_path / "z", base_model_name="base")
     save_file({"theirs": np.ones(2)}, tmp_path / "z" / "adapter_model.safetensors")

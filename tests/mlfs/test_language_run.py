@@ -98,6 +98,18 @@ def test_a_gguf_holds_the_same_subnet(folder, capsys):
     np.testing.assert_allclose(run(back), run(small), atol=1e-5)
 
 
+def test_a_run_does_not_write_over_the_gguf_that_it_is_made_from(folder, tmp_path, capsys):
+    base, run = tmp_path / "base.GGUF", tmp_path / "run"
+    assert main(["export", str(folder / "run"), "--subnet", "maxnet", "--to", str(base)]) == 0
+    args = ["fit", "--model", str(base), "--task", str(folder / "last.jsonl"), "--out", str(run), "--steps", "1", "1"]
+    assert main([*args, "1", "--batch-size", "8", "--rank", "2", "--max-length", "32", "--buckets", "32"]) == 0
+    before = base.read_bytes()
+    assert main(["export", str(run), "--subnet", "maxnet", "--to", str(base)]) == 2
+    assert "is the model that this one is made from" in capsys.readouterr().err and base.read_bytes() == before
+    assert main(["export", str(run), "--peft", "--to", str(tmp_path / "adapter")]) == 0
+    assert "gguf_file" in capsys.readouterr().out
+
+
 def test_a_subnet_of_a_run_generates(folder, capsys):
     """The command, at the subnet's true size == the masked supernet with its adapters."""
     command = ["generate", "--model", str(folder / "run"), "--subnet", "minnet", "--prompt", "the cat. Last:"]

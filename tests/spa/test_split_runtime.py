@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mlfs_jax.backbone.tree import flatten
-from mlfs_jax.errors import ConfigError
+from mlfs_jax.errors import ConfigError, RunError
 from mlfs_jax.generate import GenerateConfig
 from spa_jax import device_model
 from spa_jax.cloud import Cloud, CloudConfig
@@ -167,11 +167,15 @@ def test_public_parts(tmp_path):
     assert back.name == part.name != public_part(side_of("ladder")).name
     for name in ("taps", "down", "bias", "gate"):
         np.testing.assert_array_equal(getattr(back, name), getattr(part, name))
+    save_public(tmp_path / "public" / "down.safetensors", part)  # an earlier one is replaced
     with pytest.raises(PluginError, match="holds no public Down"):
         load_public(tmp_path / "none.safetensors")
     (tmp_path / "bad.safetensors").write_bytes(b"no")
     with pytest.raises(PluginError, match="holds no public Down"):
         load_public(tmp_path / "bad.safetensors")
+    with pytest.raises(RunError, match="is there and holds no public Down: choose another name"):
+        save_public(tmp_path / "bad.safetensors", part)
+    assert (tmp_path / "bad.safetensors").read_bytes() == b"no"
 
 
 def refused(device, **kwargs):
