@@ -24,6 +24,7 @@ import tyro
 
 import mlfs_jax as mlfs
 from mlfs_jax.config import DecoderConfig, Rope
+from mlfs_jax.fingerprint import base_fingerprint
 from mlfs_jax.generate import GenerateConfig
 from mlfs_jax.model import Model, init_model
 from mlfs_jax.timing import device_name
@@ -32,7 +33,6 @@ from spa_jax.cloud_model import DecoderCloud
 from spa_jax.decode import generate
 from spa_jax.device import Device, DeviceConfig
 from spa_jax.device_model import SideDevice
-from spa_jax.plugin import base_fingerprint
 from spa_jax.side import Side, SideConfig
 from spa_jax.start import init_side
 

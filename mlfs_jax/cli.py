@@ -235,12 +235,8 @@ def export(
         written = export_adapter(fitted, to)
         print(f"{to}: adapter of rank {written.rank}, {written.params:,} parameters")
         if gguf_in(resolve_model(fitted.config.model)) is not None:
-            print(
-                "  The base was read from a GGUF file, which peft does not open by itself: load it with transformers'"
-            )
-            print(
-                "  from_pretrained(..., gguf_file=...), or the checkpoint that it was made from, and the adapter onto it."
-            )
+            print("  Its base is a GGUF file, which peft does not open by itself: load that with transformers'")
+            print("  from_pretrained(..., gguf_file=...), or the checkpoint that it was made from; then the adapter.")
         return
     if gguf:
         file = export_subnet_gguf(fitted, subnet, to, gguf_type)

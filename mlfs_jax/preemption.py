@@ -13,6 +13,10 @@ from mlfs_jax.hosts import reached_stop, several
 from mlfs_jax.interrupts import interrupted
 
 
+class Stopped(Exception):
+    """What :meth:`Preemption.check` leaves by."""
+
+
 class Preemption:
     """Whether somebody asked this process to stop; true from the first SIGTERM or SIGINT on.
 
@@ -24,6 +28,11 @@ class Preemption:
 
     def __bool__(self) -> bool:
         return self.signal is not None
+
+    def check(self) -> None:
+        """Raise Stopped when this process was asked to, in work that leaves nothing half done."""
+        if self:
+            raise Stopped
 
     def announce(self, console: Console) -> None:
         """Say what happened, once all is saved. Ctrl-C goes on as KeyboardInterrupt; SIGTERM was a polite request."""

@@ -55,8 +55,9 @@ def run_command(
             return _print_completion(prog, functions(), argv[1] if len(argv) > 1 else SHELLS[0])
         if argv[0] not in commands:
             raise unknown("command", argv[0], commands)
+        if alone:
+            remember_interrupts()
         if alone and argv[0] in trains:
-            remember_interrupts()  # not for all: asyncio has a way of its own, where nobody has set another
             keep_freed_memory()
         code = run(argv[0], argv[1:])
         sys.stdout.flush()
@@ -74,6 +75,11 @@ def run_command(
         if not isinstance(e, KeyboardInterrupt) and not (alone and interrupted()):  # an import that Ctrl-C broke off
             raise
         print("interrupted", file=sys.stderr)
+        if alone:  # Python's own way out would crash where XLA's threads still compile
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(130)
         return 130
 
 

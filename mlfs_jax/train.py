@@ -1,9 +1,9 @@
 """``fit``: from a pretrained model and a task to a run folder that holds a palette.
 
-A run folder holds run.json (the config), task.json (what the task is), metrics.jsonl (the loss curve), checkpoints/
-(of the stage under way), head.safetensors (what a new head started from), order.json (the importance order of the
-axes), and adapters/stageN.safetensors for every finished stage. The base is not copied: a run is a few megabytes beside
-its pretrained model.
+A run folder holds run.json (the config), task.json (what the task is), base.json (by which its base is known again),
+metrics.jsonl (the loss curve), checkpoints/ (of the stage under way), head.safetensors (what a new head started from),
+order.json (the importance order of the axes), and adapters/stageN.safetensors for every finished stage. The base is not
+copied: a run is a few megabytes beside its pretrained model.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from mlfs_jax.data.tasks import Examples, Task
 from mlfs_jax.distill import DistillConfig, init_projection, task_loss
 from mlfs_jax.errors import MLFSError, RunError
 from mlfs_jax.evaluate import evaluate
+from mlfs_jax.fingerprint import hold_base
 from mlfs_jax.fit_config import FitConfig, from_anywhere
 from mlfs_jax.hosts import decided, is_writer, same_everywhere
 from mlfs_jax.importance import Order, block_influence, importance_order, measure_importance, reorder, reorder_lora
@@ -101,12 +102,15 @@ def load_run(path: str | Path, *, finished: bool = False, mesh: Mesh | None = No
         mesh: devices to spread the weights over, see :func:`mlfs_jax.make_mesh`.
 
     Raises:
-        RunError: there is none, it is of another kind or damaged, or (with ``finished``) it has not come to its end.
+        RunError: there is none, it is of another kind or damaged, the weights of its base have changed, or (with
+            ``finished``) it has not come to its end.
     """
     run = Run.open(path, finished=finished, kinds=(KIND,))
     config = run.config_as(FitConfig, distill=DistillConfig)
     task = _load_task(run, config)
-    return _assemble(run, config, task, config.load_model(task, mesh))
+    model = config.load_model(task, mesh)
+    hold_base(run, model)
+    return _assemble(run, config, task, model)
 
 
 def _save_task(run: Run, task: Task) -> None:
@@ -195,7 +199,7 @@ def fit(
     Returns None when SIGTERM ended it early; Ctrl-C raises KeyboardInterrupt. All is saved, and the same call goes on.
 
     Raises:
-        RunError: ``out`` holds another run.
+        RunError: ``out`` holds another run, or one that began on other weights.
         MLFSError: a name, file or setting is wrong; the message says which.
     """
     console = console or Console(quiet=not is_writer(), soft_wrap=True)
@@ -211,6 +215,7 @@ def fit(
     saved = {**dataclasses.asdict(config), "data": fingerprint(data)}
     with preemption() as stop, Run.create_or_resume(out, saved, kind=KIND) as run:
         _save_task(run, task)
+        hold_base(run, model, begin=True)
         if not task.is_language and not decided((run.path / HEAD).exists()):
             _save_head(run, model)
         finished = decided(run.finished)

@@ -33,6 +33,7 @@ from mlfs_jax.data.encode import Encoded, fingerprint
 from mlfs_jax.data.tokenizer import load_tokenizer, prefix_of
 from mlfs_jax.distill import DistillConfig
 from mlfs_jax.errors import ConfigError, RunError
+from mlfs_jax.fingerprint import hold_base
 from mlfs_jax.fit_config import from_anywhere
 from mlfs_jax.lora import init_lora, merge_lora
 from mlfs_jax.model import Model, abstract, forward
@@ -229,6 +230,7 @@ def fit_baseline(
     data = shared.load_data(task, model)
     saved = {**config.to_json(), "data": fingerprint(data)}
     with preemption() as stop, Run.create_or_resume(out, saved, kind=BASELINE) as run:
+        hold_base(run, model, begin=True)
         if run.finished or not config.trains:
             found = _assemble(config, model, data, run)
             if not run.finished:
@@ -285,11 +287,12 @@ def _assemble(config: BaselineConfig, model: Model, data: Mapping[str, Encoded],
 
 
 def load_baseline(path: str | Path, *, model: Model | None = None) -> Baseline:
-    """Open a finished baseline run; ``model`` is the base, if it is loaded already."""
+    """Open a finished baseline run; ``model`` is the base, if it is loaded already. RunError where it has changed."""
     run = Run.open(path, finished=True, kinds=(BASELINE,))
     config = run.config_as(BaselineConfig)
     shared = config.fit_config
     model = shared.load_model(loaded=model)
+    hold_base(run, model)
     return _assemble(config, model, shared.load_data(shared.get_task(), model), run)
 
 

@@ -109,8 +109,20 @@ class Channel:
     def is_open(self) -> bool:
         return self._connection is not None
 
+    @property
+    def is_stale(self) -> bool:
+        """Whether the connection is of another event loop than the one that runs, and so of no use."""
+        return self._connection is not None and self._connection.loop is not asyncio.get_running_loop()
+
+    def _here(self) -> ClientConnection:
+        if self._connection is None:
+            raise Lost("it was closed while a text was written.", "closed")
+        return self._connection
+
     async def close(self) -> None:
         """Say goodbye."""
+        if self.is_stale:
+            self.drop()
         connection, self._connection = self._connection, None
         if connection is not None:
             with suppress(ConnectionClosed, TimeoutError, OSError):
@@ -124,7 +136,8 @@ class Channel:
         """Leave without a word."""
         connection, self._connection = self._connection, None
         if connection is not None:
-            connection.transport.abort()
+            with suppress(RuntimeError):  # of an event loop that is closed
+                connection.transport.abort()
 
     async def open(self) -> None:
         """Connect and greet; raises NetworkError when it is no use, Lost when it may be."""
@@ -177,7 +190,7 @@ class Channel:
         begin = time.perf_counter()
         try:
             async with asyncio.timeout(self.config.reply_s):
-                await self._connection.send(data)
+                await self._here().send(data)
         except ConnectionClosed as error:
             raise await self._broken(error) from None
         except TimeoutError:
@@ -190,7 +203,7 @@ class Channel:
         timeout, begin = timeout or self.config.reply_s, time.perf_counter()
         try:
             async with asyncio.timeout(timeout):
-                data = await self._connection.recv()
+                data = await self._here().recv()
         except ConnectionClosed as error:
             raise await self._broken(error) from None
         except TimeoutError:
@@ -223,10 +236,12 @@ class Channel:
         for _ in range(4):
             try:
                 async with asyncio.timeout(0.1):
-                    data = await self._connection.recv()
+                    data = await self._here().recv()
                 message = decode(data, FROM_CLOUD, frame_bytes=self.terms.frame_bytes)
             except (ConnectionClosed, TimeoutError, WireError):
                 break
+            except Lost as closed:
+                return closed
             if isinstance(message, Error):
                 try:
                     self._understand(data, ())

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import tyro
 
 from mlfs_jax.errors import ConfigError
+from mlfs_jax.interrupts import run_async
 from mlfs_jax.terminal import print_json
 from spa_jax.errors import PluginError
 from spa_jax.options import Coding, Flag, Place, budget_ms, read_token
@@ -238,7 +239,7 @@ def generate(options: Options, *, prompt: str, json: Flag = False) -> int:
         async with kit.device() as device:
             return await device.generate(ids, options.max_new_tokens, kit.stop, None if json else kit.printer(ids))
 
-    answer = asyncio.run(run())
+    answer = run_async(run())
     if json:
         text = kit.tokenizer.decode([*ids, *answer.tokens])[len(kit.tokenizer.decode(ids)) :]
         print_json({"text": text, "note": answer.note, **report(answer, kit.model)})
@@ -288,13 +289,16 @@ def chat(options: Options) -> None:
                 try:
                     answer = await device.generate(ids, options.max_new_tokens, kit.stop, kit.printer(ids))
                 except NetworkError as error:
-                    if error.code != "too-long" or not device.history:
+                    if error.code == "too-long" and device.history:
+                        print(f"note: {error} A new session begins with this line.", file=sys.stderr)
+                        return line
+                    if not sys.stdin.isatty() or not (device.history or error.code == "too-long"):
                         raise
-                    print(f"note: {error} A new session begins with this line.", file=sys.stderr)
-                    return line
-                _say(answer, kit.model, options.stats)
-                if answer.end == "full":
-                    print("note: the session is full.", file=sys.stderr)
+                    print(f"note: {error} This line was not said; what was said before it is kept.", file=sys.stderr)
+                else:
+                    _say(answer, kit.model, options.stats)
+                    if answer.end == "full":
+                        print("note: the session is full.", file=sys.stderr)
                 line = await _typed("> ")
         return ""
 
@@ -304,4 +308,4 @@ def chat(options: Options) -> None:
             while line.strip():
                 line = await talk(line)
 
-    asyncio.run(run())
+    run_async(run())

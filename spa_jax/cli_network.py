@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlfs_jax.errors import ConfigError
+from mlfs_jax.interrupts import run_async
 from mlfs_jax.terminal import log_to_stderr, print_json, print_table, spinner
 from spa_jax.cli_device import chat, generate
 from spa_jax.errors import NetworkError
@@ -113,7 +114,7 @@ def serve(
 
     try:
         with log_to_stderr(logging.INFO, "spa_jax.cloud"), contextlib.suppress(asyncio.CancelledError):
-            asyncio.run(run())
+            run_async(run())
     except OSError as error:
         taken = " Another program has the port: choose one with --port." if error.errno == errno.EADDRINUSE else ""
         raise NetworkError(f"cannot listen at {host}:{port}: {error.strerror or error}.{taken}") from None

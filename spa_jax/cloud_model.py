@@ -21,13 +21,13 @@ from jaxtyping import Array, Bool, Float, Int
 import mlfs_jax.model as backbone_model
 from mlfs_jax.backbone.cache import Cache, init_cache
 from mlfs_jax.errors import ConfigError
+from mlfs_jax.fingerprint import base_fingerprint
 from mlfs_jax.model import Model, apply_head
 from mlfs_jax.sharding import replicated, shard_base, sharding_of
 from spa_jax.engine import Read
 from spa_jax.errors import PluginError
 from spa_jax.gate import gate_probability
 from spa_jax.model import make_frame
-from spa_jax.plugin import base_fingerprint
 from spa_jax.public import Public
 from spa_jax.seam import Setting
 from spa_jax.wire import Hello

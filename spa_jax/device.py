@@ -91,6 +91,7 @@ class Device:
         self.history: list[int] = []
         self._channel = Channel(url, token, self.terms, self.config)
         self._busy = False  # a text is being written
+        self._closed = False  # since it was begun
         self._live = False  # the session has the whole history, but for what is being sent
         self._state, self._seen = model.start(), 0
         self._undo: tuple[Any, int] | None = None  # before the frame that no token has answered yet
@@ -103,7 +104,7 @@ class Device:
 
     async def close(self) -> None:
         """Say goodbye. What was said is kept; the next text resumes it."""
-        self._live = False
+        self._live, self._closed = False, True
         await self._channel.close()
 
     async def generate(
@@ -136,19 +137,31 @@ class Device:
         except WireError as error:
             raise ConfigError(f"this text cannot be asked for: {error}") from None
         answer.stats.rtt = self._channel.stats.rtt  # of the connection, if it still is there
-        self._channel.stats, self._busy = answer.stats, True
+        self._channel.stats, self._busy, self._closed = answer.stats, True, False
         self.history += text.prompt
+        if self._channel.is_stale:
+            self._leave()
         try:
-            async with asyncio.timeout(self.config.answer_s):
+            async with asyncio.timeout(self.config.answer_s) as clock:
                 await self._persist(text)
         except TimeoutError:
+            if not clock.expired():  # it is of on_token
+                self._forget(text)
+                raise
             self._leave()
             answer.end, answer.note = "timeout", f"the text was not complete after {self.config.answer_s:g} s."
         except Lost as error:
             answer.end, answer.note = ("timeout" if error.code == "timeout" else "lost"), str(error)
-            if self.fallback is None and not answer.used:
+            if not answer.used and (self.fallback is None or self._closed):
                 self._forget(text)
-                raise NetworkError(f"{error} Is the server at {self.url} running?", error.code) from None
+                hint = "" if self._closed else f" Is the server at {self.url} running?"
+                raise NetworkError(f"{error}{hint}", error.code) from None
+        except NetworkError as error:
+            if not answer.used:
+                self._forget(text)
+                raise
+            self._leave()
+            answer.end, answer.note = "lost", str(error)
         except WireError as error:
             await self._channel.refuse(error)
             self._forget(text)
@@ -158,7 +171,7 @@ class Device:
             raise
         finally:
             self._busy = False
-        if answer.end in ("timeout", "lost") and self.fallback is not None:
+        if answer.end in ("timeout", "lost") and self.fallback is not None and not self._closed:
             self._continue_alone(text)
         answer.stats.total = time.perf_counter() - begin
         return answer
@@ -188,7 +201,7 @@ class Device:
             except Lost as error:
                 failures = 1 if len(text.answer.used) > before else failures + 1
                 self._leave(keep=error.code == "evicted")
-                if failures > self.config.retries:
+                if failures > self.config.retries or self._closed:
                     raise
                 await asyncio.sleep(self.config.backoff_s * 2 ** (failures - 1))
 

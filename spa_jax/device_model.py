@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import lru_cache, partial
 from types import SimpleNamespace
@@ -55,11 +56,13 @@ class SideDevice:
             int8: keep the kernels as int8, with a scale for each of their channels.
 
         Raises:
-            ConfigError: ``project`` is neither.
+            ConfigError: ``project`` is neither, or a budget that is none.
             PluginError: a gate that cannot be sent.
         """
         if project not in ("device", "cloud"):
             raise ConfigError(f"project = {project!r}: expected 'device' or 'cloud'.")
+        if budget is not None and not (isinstance(budget, int | float) and 0 < budget < math.inf):
+            raise ConfigError(f"budget = {budget!r}: expected ms per token, a number above 0, or None.")
         net = in_int8(side.net) if int8 else {name: jnp.asarray(x) for name, x in side.net.items()}
         self._side = side.replace(net=net, gate={})
         setting = Setting.parse(setting)

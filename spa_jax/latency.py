@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 import statistics
 import time
@@ -15,6 +14,7 @@ import numpy as np
 from websockets.asyncio.client import connect
 from websockets.asyncio.server import serve
 
+from mlfs_jax.interrupts import run_async
 from spa_jax.network import TOKEN_BYTES, Latency, Link, Method, Proxy, Shape, methods, predict, sleep_until
 
 
@@ -56,7 +56,7 @@ def compare(
         for method in ways:
             advance(f"{method.name}: {link.rtt_ms:g} ms, {link.bandwidth_mb_s:g} MB/s")
             predicted = predict(method, link, cloud_ms=cloud_ms, device_ms=device_ms)
-            measured = asyncio.run(measure(method, link, tokens=tokens, cloud_ms=cloud_ms, device_ms=device_ms))
+            measured = run_async(measure(method, link, tokens=tokens, cloud_ms=cloud_ms, device_ms=device_ms))
             rows.append(Row(method.name, link, predicted, measured))
     return rows
 
@@ -160,7 +160,7 @@ def running(
         setting = plugin.setting if plugin.setting.gated else "s1"
         device = SideDevice(side, base=plugin.base, setting=setting, threshold=threshold, coding=coding)
         for link in links:
-            ms, answer = asyncio.run(measure_runtime(cloud, device, link, prompt, tokens))
+            ms, answer = run_async(measure_runtime(cloud, device, link, prompt, tokens))
             usage = sum(answer.used[1:]) / (len(answer.used) - 1)
             spa = methods(shape, coding=coding, projected=False, usage=usage, memory=side.config.memory)[0]
             predicted = predict(spa, link, cloud_ms=cloud_ms, device_ms=device_ms)

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from mlfs_jax.backbone.tree import flatten
 from mlfs_jax.config import DecoderConfig, Latent, Rope
 from mlfs_jax.errors import ConfigError
-from mlfs_jax.hosts import to_host
+from mlfs_jax.fingerprint import base_fingerprint
 from mlfs_jax.run import write_atomic, write_json
 from spa_jax.errors import PluginError
 from spa_jax.seam import Setting
@@ -33,23 +33,6 @@ from spa_jax.side import Side, SideConfig, abstract_net
 
 FORMAT = 1
 WEIGHTS, DESCRIPTION = "plugin.safetensors", "plugin.json"
-SAMPLED = 4096
-"""Numbers of each weight that go into a base's fingerprint."""
-
-
-def base_fingerprint(config: DecoderConfig, base: Any) -> str:
-    """What one base is told from another by: its shape, and a few thousand numbers of each weight, in bf16.
-
-    Not all of them, because a large base would take minutes; in bf16, so that it is the same base in float32 and in
-    bf16. A quantised one is another base, and so is one that was quantised from other floats.
-    """
-    digest = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
-    for name, leaf in sorted(flatten(base).items()):
-        values = leaf[...]
-        stride = max(1, values.size // SAMPLED)
-        sample = to_host(values.reshape(-1)[::stride].astype(jnp.bfloat16))
-        digest.update(f"{name}{values.shape}".encode() + sample.tobytes())
-    return digest.hexdigest()
 
 
 def tokenizer_fingerprint(folder: str | Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -48,12 +49,25 @@ class TokenScores:
         return np.asarray(gate_probability(gate, jnp.asarray(self.hidden)))
 
 
-def score_tokens(model: Model, side: Side, setting: str, encoded: Encoded, *, batch_size: int = 16) -> TokenScores:
-    """Scores of every token of a split that counts; the side network sees all positions."""
+def score_tokens(
+    model: Model,
+    side: Side,
+    setting: str,
+    encoded: Encoded,
+    *,
+    batch_size: int = 16,
+    before_each: Callable[[], None] = lambda: None,
+) -> TokenScores:
+    """Scores of every token of a split that counts; the side network sees all positions.
+
+    Args:
+        before_each: called before each batch, and may raise.
+    """
     found, setting = [], Setting.parse(setting)
     side.check(model.decoder)
     widest = encoded.max_completion or encoded.max_length
     for batch in eval_batches(encoded, batch_size, buckets=BUCKETS):
+        before_each()
         counts = batch["loss_mask"][:, 1:] > 0
         index = np.argsort(~counts, axis=1, kind="stable")[:, :widest]
         kept = np.take_along_axis(counts, index, 1)

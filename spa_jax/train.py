@@ -14,7 +14,7 @@ import dataclasses
 import io
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -33,11 +33,12 @@ from mlfs_jax.checkpoint import Checkpoints
 from mlfs_jax.data.batches import Batches
 from mlfs_jax.data.encode import Encoded, fingerprint
 from mlfs_jax.errors import ConfigError, some
+from mlfs_jax.fingerprint import base_fingerprint, hold_base
 from mlfs_jax.hosts import by_writer, decided, is_writer, several
 from mlfs_jax.importance import Importance, measure_importance
 from mlfs_jax.model import Model
 from mlfs_jax.model import forward as forward_base
-from mlfs_jax.preemption import Preemption, preemption
+from mlfs_jax.preemption import Preemption, Stopped, preemption
 from mlfs_jax.registry import cache_dir
 from mlfs_jax.run import Run, write_atomic
 from mlfs_jax.sharding import check_rows, feed, mesh_of, mesh_of_job, replicated, shard_base, state_shardings
@@ -51,7 +52,7 @@ from spa_jax.gate_fit import GateConfig, fit_gate
 from spa_jax.ladders import LadderCache, spread
 from spa_jax.loop import progress, train_loop
 from spa_jax.model import cloud_step
-from spa_jax.plugin import Plugin, base_fingerprint, load_plugin, save_plugin, tokenizer_fingerprint
+from spa_jax.plugin import Plugin, load_plugin, save_plugin, tokenizer_fingerprint
 from spa_jax.score import TokenScores, score_tokens
 from spa_jax.seam import Frame, Setting
 from spa_jax.side import Side, SideConfig, device_step, side_axes
@@ -140,6 +141,7 @@ def fit(
     model: Model | None = None,
     mesh: Mesh | None = None,
     console: Console | None = None,
+    stop: Preemption | None = None,
 ) -> Fitted | None:
     """Train a plugin into the folder ``out``; continue there if it holds the same run, unfinished.
 
@@ -147,6 +149,7 @@ def fit(
         model: the base, if it is loaded already.
         mesh: devices to spread over, see :func:`mlfs_jax.make_mesh`; a run may go on with another one. Several
             processes (:mod:`mlfs_jax.hosts`) all call this; without a mesh each device has all weights.
+        stop: of a caller who listens for SIGTERM and Ctrl-C already.
 
     Returns None when SIGTERM ended it early; Ctrl-C raises KeyboardInterrupt. All is saved, and the same call goes on.
 
@@ -169,15 +172,23 @@ def fit(
     config = config.for_examples(len(for_side))
     _batch_size(config, for_side, mesh)
     saved = {**config.to_json(), "data": fingerprint(data)}
-    with preemption() as stop, Run.create_or_resume(out, saved, kind=FIT) as run:
+    listening = preemption() if stop is None else nullcontext(stop)
+    with listening as stop, Run.create_or_resume(out, saved, kind=FIT) as run:
         if run.finished:
             console.print(f"{run.path} is finished; `spa eval` measures it.")
             return load_run(run.path, model=model)
+        hold_base(run, model, begin=True)
         side = _train_side(config, model, first, for_side, run, stop, mesh, console)
         if side is None:
             stop.announce(console)
             return None
-        plugin, result = _finish(config, model, side, for_gate, data["validation"].subset(config.calibration_examples))
+        held = data["validation"].subset(config.calibration_examples)
+        try:
+            with console.status("scoring the tokens of held-out examples"):
+                plugin, result = _finish(config, model, side, for_gate, held, stop)
+        except Stopped:
+            stop.announce(console)
+            return None
 
         def write() -> None:
             file = save_plugin(run.path, plugin)
@@ -320,11 +331,11 @@ def importance_of(config: FitConfig, model: Model, train: Encoded) -> Importance
 
 
 def _finish(
-    config: FitConfig, model: Model, side: Side, for_gate: Encoded | None, validation: Encoded
+    config: FitConfig, model: Model, side: Side, for_gate: Encoded | None, validation: Encoded, stop: Preemption
 ) -> tuple[Plugin, dict[str, float]]:
     """Train and set the gate; the plugin, and what it does on the validation split."""
     setting = Setting.parse(config.setting)
-    held = score_tokens(model, side, setting, validation)
+    held = score_tokens(model, side, setting, validation, before_each=stop.check)
     result = {"base_loss": float(held.base_nll.mean()), "side_loss": float(held.side_nll.mean())}
     plugin = Plugin(
         side=side,
@@ -337,7 +348,7 @@ def _finish(
         user=config.user,
     )
     if setting.gated:
-        scores = score_tokens(model, side, setting, for_gate or validation)
+        scores = score_tokens(model, side, setting, for_gate or validation, before_each=stop.check)
         side = side.replace(gate=fit_gate(scores, config.gate, setting, jax.random.key(config.seed)))
         p = held.probability(side.gate)
         threshold = choose_threshold(p, config.gate.usage)
@@ -375,14 +386,18 @@ def fit_users(
     fitted = {}
     if alone := {user for split in data.values() for user in split.users or ()} - {*users}:
         console.print(f"left out, without training or without validation examples: {some(sorted(alone))}")
-    for user in users:
-        console.print(f"[bold]{user}")
-        folder, taps = folder_of(user), config.taps_folder
-        own = dataclasses.replace(config, user=user, taps_folder=taps and str(Path(taps) / folder))
-        found = fit(own, Path(out) / folder, model=model, console=console)
-        if found is None:
-            return None
-        fitted[user] = found
+    with preemption() as stop:
+        for user in users:
+            console.print(f"[bold]{user}")
+            folder, taps = folder_of(user), config.taps_folder
+            own = dataclasses.replace(config, user=user, taps_folder=taps and str(Path(taps) / folder))
+            found = fit(own, Path(out) / folder, model=model, console=console, stop=stop)
+            if found is None:
+                return None
+            fitted[user] = found
+            if stop and len(fitted) < len(users):
+                stop.announce(console)
+                return None
     return fitted
 
 

@@ -17,7 +17,7 @@ FLOORS = [
     | {"catalogue", "registry", "terminal", "data"},
     {"backbone", "hlo"},
     {"model"},
-    {"sharding", "hf", "lora", "subnet"},
+    {"sharding", "hf", "lora", "subnet", "fingerprint"},
     {"slicing", "importance", "distill", "generate", "vocab", "published"},
     {"timing", "supernet", "stages", "evaluate", "fit_config", "train"},
     {"palette", "export", "verify", "info", "load", "plan", "knobs"},

@@ -1,6 +1,7 @@
 """The command line: the whole way of a user, and what it says to a mistake."""
 
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -213,6 +214,26 @@ def test_an_interrupt_that_was_lost_ends_the_command_later(monkeypatch, tmp_path
         assert interrupts.interrupted()
         with pytest.raises(KeyboardInterrupt), preemption():
             raise AssertionError("it goes on")
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_in_a_callback_that_drops_it_comes_again(monkeypatch):
+    monkeypatch.setattr(interrupts, "_asked", False)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _xla_gc_callback(phase, _):  # jax's is called so
+        if phase == "start":
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+
+    try:
+        interrupts.remember_interrupts()
+        gc.callbacks.append(_xla_gc_callback)
+        gc.collect()
+        gc.callbacks.remove(_xla_gc_callback)
+        with pytest.raises(KeyboardInterrupt):
+            time.sleep(2)
     finally:
         signal.signal(signal.SIGINT, before)
 

@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 
 import jax
 import numpy as np
 import pytest
 from rich.console import Console
+from safetensors.numpy import load_file, save_file
 
 import mlfs_jax as mlfs
 from mlfs_jax import train
@@ -274,3 +276,17 @@ def test_mistakes_are_named_before_anything_is_written(config, tmp_path):
     with pytest.raises(DataError, match="empty"):
         fit(task=str(empty))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_held_to_the_weights_that_it_began_on(config, tmp_path):
+    """Others of the same shapes fit its adapters, too."""
+    shutil.copytree(config.model, tmp_path / "model")
+    config = dataclasses.replace(config, model=str(tmp_path / "model"), reorder=False, width=(1.0,))
+    mlfs.fit(config, tmp_path / "run", console=QUIET)
+    weights = tmp_path / "model" / "model.safetensors"
+    save_file({name: value + 0.1 for name, value in load_file(weights).items()}, weights)
+    for use in (lambda: mlfs.load_run(tmp_path / "run"), lambda: mlfs.fit(config, tmp_path / "run", console=QUIET)):
+        with pytest.raises(RunError, match=r"the weights of .*model are not those that the run in .*run began on"):
+            use()
+    (tmp_path / "run" / "base.json").unlink()  # a run of old does not know
+    mlfs.load_run(tmp_path / "run")

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from mlfs_jax.errors import ConfigError
+from mlfs_jax.fingerprint import base_fingerprint
 from mlfs_jax.hf.gguf_tokenizer import PRE_TOKENIZERS
 from mlfs_jax.hf.gguf_write import export_gguf
 from mlfs_jax.hf.load import from_pretrained, model_folder
@@ -24,7 +25,7 @@ from spa_jax.device import Device
 from spa_jax.errors import PluginError
 from spa_jax.network import Link, Shape, methods, predict
 from spa_jax.options import budget_ms, make_token, numbers, read_token
-from spa_jax.plugin import Plugin, base_fingerprint, load_plugin, save_plugin, tokenizer_fingerprint
+from spa_jax.plugin import Plugin, load_plugin, save_plugin, tokenizer_fingerprint
 from spa_jax.seam import Setting
 from tests.mlfs.gguf_files import byte_level_tokenizer
 from tests.mlfs.tiny import tiny_decoder

@@ -1,6 +1,7 @@
 """Two places, one text: over the network as in one process, whatever breaks on the way. Fake models, real sockets."""
 
 import asyncio
+import threading
 import time
 
 import pytest
@@ -333,3 +334,71 @@ def test_a_dead_engine_tells_its_sessions_and_ends_the_server():
 
     task, answer = serve_until(kill, FakeCloud(seconds=0.02))
     assert str(task.exception()) == "no more" and answer.end == "lost" and "(closing)" in answer.note
+
+
+def test_closed_while_it_writes():
+    async def body():
+        async with serving() as cloud:
+            one, began = device(cloud, fallback=lambda *_: [1]), asyncio.Event()
+            writing = asyncio.create_task(one.generate(PROMPT, 30, (), lambda *_: began.set()))
+            await began.wait()
+            await one.close()
+            answer = await writing
+            texts, _, _ = solo(PROMPT, 30)
+            assert answer.end == "lost" and "closed while a text was written" in answer.note and answer.local == 0
+            assert 0 < len(answer.tokens) < 30 and answer.tokens == texts[: len(answer.tokens)]
+            assert one.history == [*PROMPT, *answer.tokens]
+            again = await one.generate([7], 4)  # goes on from there
+            assert again.tokens == solo([*PROMPT, *answer.tokens, 7], 4)[0]
+            await one.close()
+
+    run(body)
+
+
+def test_a_server_that_comes_back_with_another_base_leaves_what_was_written():
+    async def body():
+        async with serving() as cloud, serving(FakeCloud(fingerprint="another")) as other:
+            one = device(cloud)
+
+            def moved(*_):
+                if len(one.history) == len(PROMPT) + 5:
+                    one._channel.url = other.url
+                    one._channel.drop()
+
+            answer = await one.generate(PROMPT, 30, (), moved)
+            assert answer.end == "lost" and "base" in answer.note
+            assert answer.tokens == solo(PROMPT, 5)[0] and one.history == [*PROMPT, *answer.tokens]
+
+    run(body)
+
+
+def test_an_error_of_on_token_is_the_callers():
+    """A TimeoutError, too, which is not the device's own."""
+
+    def fails(*_):
+        raise TimeoutError("theirs")
+
+    async def body():
+        async with serving() as cloud, device(cloud) as one:
+            with pytest.raises(TimeoutError, match="theirs"):
+                await one.generate(PROMPT, 30, (), fails)
+            assert one.history == []
+            assert (await one.generate(PROMPT, 4)).tokens == solo(PROMPT, 4)[0]
+
+    run(body)
+
+
+def test_a_device_may_be_used_from_one_event_loop_after_another():
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    there = lambda work: asyncio.run_coroutine_threadsafe(work, loop).result(10)  # noqa: E731
+    cloud = there(Cloud(FakeCloud(), CloudConfig(port=0), token=TOKEN).__aenter__())
+    try:
+        one = device(cloud)
+        first = run(lambda: one.generate(PROMPT, 5)).tokens
+        second = run(lambda: one.generate([7], 5)).tokens
+        assert [*first, *second] == [*solo(PROMPT, 5)[0], *solo([*PROMPT, *first, 7], 5)[0]]
+        run(one.close)
+    finally:
+        there(cloud.__aexit__(None, None, None))
+        loop.call_soon_threadsafe(loop.stop)

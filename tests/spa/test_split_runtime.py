@@ -12,6 +12,7 @@ import pytest
 
 from mlfs_jax.backbone.tree import flatten
 from mlfs_jax.errors import ConfigError, RunError
+from mlfs_jax.fingerprint import base_fingerprint
 from mlfs_jax.generate import GenerateConfig
 from spa_jax import device_model
 from spa_jax.cloud import Cloud, CloudConfig
@@ -23,7 +24,7 @@ from spa_jax.errors import NetworkError, PluginError
 from spa_jax.gate import similarity_gate
 from spa_jax.latency import constants, running
 from spa_jax.network import Link, Proxy, Shape
-from spa_jax.plugin import Plugin, base_fingerprint
+from spa_jax.plugin import Plugin
 from spa_jax.public import load_public, save_public
 from spa_jax.seam import Setting
 from tests.mlfs.tiny import tiny_decoder

@@ -1,5 +1,6 @@
 """fit: learns, resumes to the bit, with cached ladders as without, one plugin for each user; mistakes are named."""
 
+import contextlib
 import dataclasses
 import errno
 import io
@@ -23,6 +24,7 @@ from mlfs_jax.backbone.quantised import Quantised
 from mlfs_jax.errors import ConfigError, DataError, RunError, UnknownNameError
 from mlfs_jax.hf.load import from_pretrained
 from mlfs_jax.run import Run
+from spa_jax import train
 from spa_jax.baselines import load_baseline
 from spa_jax.config import FitConfig
 from spa_jax.errors import PluginError, TapCacheError
@@ -394,3 +396,28 @@ def test_mistakes_are_named_before_anything_is_written(config, tmp_path):
     with pytest.raises(RunError):
         load_run(tmp_path / "run")
     assert spa.Setting.parse("s1") is spa.Setting.S1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_users_are_asked_to_stop_while_the_first_ones_tokens_are_scored(config, tmp_path, monkeypatch, number):
+    whole, asked = train.score_tokens, []
+
+    def score(*args, before_each, **kwargs):
+        if not asked:
+            asked.append(os.kill(os.getpid(), number))
+        return whole(*args, before_each=before_each, **kwargs)
+
+    monkeypatch.setattr(train, "score_tokens", score)
+    config, out = dataclasses.replace(config, steps=4, setting="s1"), tmp_path / "users"
+    with pytest.raises(KeyboardInterrupt) if number == signal.SIGINT else contextlib.nullcontext():
+        assert fit_users(config, out, console=QUIET) is None
+    assert not Run.open(out / "alice").finished and not (out / "bob").exists()
+    assert {*fit_users(config, out, console=QUIET)} == {"alice", "bob"}
+
+
+def test_users_are_asked_to_stop_as_the_first_one_ends(config, tmp_path, monkeypatch):
+    whole = train.save_plugin
+    monkeypatch.setattr(train, "save_plugin", lambda *args: (os.kill(os.getpid(), signal.SIGTERM), whole(*args))[1])
+    config, out = dataclasses.replace(config, steps=4, setting="s1"), tmp_path / "users"
+    assert fit_users(config, out, console=QUIET) is None
+    assert Run.open(out / "alice", finished=True) and not (out / "bob").exists()
