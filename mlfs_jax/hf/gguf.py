@@ -102,6 +102,10 @@ def read_gguf(path: str | Path | GGUFFile, *, head: str = "lm", dtype=jnp.float3
 def config_of(file: GGUFFile) -> DecoderConfig:
     """What network a file's metadata describes."""
     meta = file.metadata
+    if (parts := meta.get("split.count", 1)) != 1:
+        raise CheckpointError(
+            f"{file.path} is one of {parts} parts of a model: join them with llama.cpp's `llama-gguf-split --merge`."
+        )
     arch = meta.get("general.architecture")
     if arch not in ARCHITECTURES:
         near = difflib.get_close_matches(str(arch), ARCHITECTURES, n=1, cutoff=0.0)

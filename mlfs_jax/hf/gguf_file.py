@@ -181,17 +181,19 @@ class _Cursor:
         except UnicodeDecodeError as error:
             raise CheckpointError(f"{self.path} is damaged: {text[:40]!r} in its header is no UTF-8.") from error
 
-    def value(self, kind: int) -> object:
+    def value(self, kind: int, depth: int = 0) -> object:
         if kind == STRING:
             return self.string()
         if kind in SCALARS:
             return self.take(SCALARS[kind])
         if kind != ARRAY:
             raise CheckpointError(f"{self.path} is damaged: there is no metadata type {kind}.")
+        if depth > 8:
+            raise CheckpointError(f"{self.path} is damaged: arrays of arrays of arrays without end in its header.")
         item, count = self.take("I"), self.take("Q")
         if item in SCALARS:
             return list(self.many(SCALARS[item], count))
-        read: Callable[[], object] = self.string if item == STRING else lambda: self.value(item)
+        read: Callable[[], object] = self.string if item == STRING else lambda: self.value(item, depth + 1)
         if count > len(self.data) - self.at:  # every item takes a byte at least
             raise _cut(self.path, "in its header")
         return [read() for _ in range(count)]

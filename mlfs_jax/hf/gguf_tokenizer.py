@@ -65,6 +65,9 @@ PROBES = (
 SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "sep": "seperator"}  # sic
 """Hugging Face's name of a special token -> the GGUF's."""
 
+LISTS = {"tokens": str, "token_type": int, "merges": str, "scores": float}
+"""Metadata of a tokenizer that are lists, and of what."""
+
 
 def tokenizer_files(meta: dict[str, Any], path: Path) -> dict[str, dict]:
     """tokenizer.json and tokenizer_config.json of a GGUF's metadata.
@@ -78,8 +81,9 @@ def tokenizer_files(meta: dict[str, Any], path: Path) -> dict[str, dict]:
     if kind not in ("gpt2", "llama"):
         raise CheckpointError(
             f"{path} has a tokenizer of the kind {kind!r}; read here are 'gpt2' (byte-level BPE) and 'llama' "
-            "(SentencePiece BPE). Give the tokenizer files of its Hugging Face checkpoint instead."
+            "(SentencePiece BPE). Use the model's Hugging Face checkpoint instead."
         )
+    special = _checked(meta, len(tokens), path)
     types = meta.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
     if len(types) != len(tokens):
         raise CheckpointError(f"{path} has {len(tokens)} tokens and {len(types)} token types: expected as many.")
@@ -95,12 +99,6 @@ def tokenizer_files(meta: dict[str, Any], path: Path) -> dict[str, dict]:
             if kind in (CONTROL, USER_DEFINED, UNKNOWN)
         ],
     } | build(meta, vocab, path)
-    special = {}
-    for ours, theirs in SPECIAL.items():
-        i = meta.get(f"tokenizer.ggml.{theirs}_token_id")
-        if i is not None and i >= len(tokens):
-            raise CheckpointError(f"{path}: tokenizer.ggml.{theirs}_token_id = {i}, of {len(tokens)} tokens.")
-        special[ours] = i
     tokenizer["post_processor"] = _post_processor(meta, tokens, special, kind)
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     config |= {f"{name}_token": tokens[i] for name, i in special.items() if i is not None}
@@ -112,6 +110,20 @@ def tokenizer_files(meta: dict[str, Any], path: Path) -> dict[str, dict]:
     return {"tokenizer.json": tokenizer, "tokenizer_config.json": config}
 
 
+def _checked(meta: dict, count: int, path: Path) -> dict[str, int | None]:
+    """The ids of special tokens, of ``count``. Raises CheckpointError for metadata of other types than they have."""
+    for name, kind in LISTS.items():
+        values = meta.get(f"tokenizer.ggml.{name}") or []
+        if not (isinstance(values, list) and all(isinstance(value, kind) for value in values)):
+            raise CheckpointError(f"{path} is damaged: tokenizer.ggml.{name} is no list of {kind.__name__}.")
+    special = {}
+    for ours, theirs in SPECIAL.items():
+        i = special[ours] = meta.get(f"tokenizer.ggml.{theirs}_token_id")
+        if i is not None and not (isinstance(i, int) and 0 <= i < count):
+            raise CheckpointError(f"{path}: tokenizer.ggml.{theirs}_token_id = {i!r}, of {count} tokens.")
+    return special
+
+
 def _added(i: int, token: str, *, special: bool) -> dict:
     edges = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {"id": i, "content": token, **edges, "special": special}
@@ -119,11 +131,11 @@ def _added(i: int, token: str, *, special: bool) -> dict:
 
 def _byte_level_json(meta: dict, vocab: dict[str, int], path: Path) -> dict:
     name = meta.get("tokenizer.ggml.pre", "default")
-    pre = SAME_AS.get(name, name)
+    pre = SAME_AS.get(str(name), str(name))
     if pre not in PRE_TOKENIZERS:
         raise CheckpointError(
             f"{path}: its tokenizer cuts text as {name!r}; known here are {', '.join([*PRE_TOKENIZERS, *SAME_AS])}. "
-            "Give the tokenizer files of its Hugging Face checkpoint instead."
+            "Use the model's Hugging Face checkpoint instead."
         )
     merges = meta.get("tokenizer.ggml.merges")
     if merges is None:

@@ -1,6 +1,7 @@
 """GGUF files read: every tensor type against a decoder of its own, shapes, rope scalings, and what is refused."""
 
 import math
+import struct
 
 import jax.numpy as jnp
 import numpy as np
@@ -228,6 +229,19 @@ def test_damaged_header(tmp_path, llama):
         except (CheckpointError, ConfigError):
             refused += 1
     assert refused > 50
+
+
+def test_a_part_of_a_model(tmp_path):
+    part = write_gguf(tmp_path / "m-00001-of-00002.gguf", LLAMA | {"split.count": 2}, llama_tensors())
+    with pytest.raises(CheckpointError, match="is one of 2 parts of a model: join them"):
+        read_gguf(part)
+
+
+def test_arrays_of_arrays_without_end(tmp_path):
+    header = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"a" + struct.pack("<I", 9)
+    (tmp_path / "deep.gguf").write_bytes(header + struct.pack("<IQ", 9, 1) * 5000)
+    with pytest.raises(CheckpointError, match="arrays of arrays of arrays without end"):
+        open_gguf(tmp_path / "deep.gguf")
 
 
 def test_which_file(tmp_path, llama):

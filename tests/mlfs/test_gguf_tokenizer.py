@@ -125,6 +125,12 @@ def test_bos_and_eos_are_added(tmp_path):
         ({"tokenizer.ggml.token_type": [1]}, "400 tokens and 1 token types"),
         ({"tokenizer.ggml.bos_token_id": 400}, "bos_token_id = 400, of 400 tokens"),
         ({"tokenizer.ggml.model": "llama"}, "no tokenizer.ggml.scores"),
+        ({"tokenizer.ggml.unknown_token_id": 900}, "unknown_token_id = 900, of 400 tokens"),
+        ({"tokenizer.ggml.bos_token_id": "<s>"}, "bos_token_id = '<s>', of 400 tokens"),
+        ({"tokenizer.ggml.merges": [1, 2]}, "tokenizer.ggml.merges is no list of str"),
+        ({"tokenizer.ggml.token_type": 1}, "tokenizer.ggml.token_type is no list of int"),
+        ({"tokenizer.ggml.scores": ["a"] * 400}, "tokenizer.ggml.scores is no list of float"),
+        ({"tokenizer.ggml.pre": ["a"]}, "cuts text as"),
     ],
 )
 def test_what_a_file_must_have(change, words, tmp_path):
