@@ -190,11 +190,12 @@ def palette(
     chosen = all_subnets(fitted) if all else subnets or None
     with spinner() as advance:
         measured = measure(fitted, chosen, split=split, length=length, batch_sizes=batch_sizes, advance=advance)
-    files = measured.save(run), measured.plot(run / "palette.png")
     if json:
         print_json(measured.to_json())
     else:
         print_table(measured.table())
+    files = measured.save(run), measured.plot(run / "palette.png")  # after: what was measured is not lost with them
+    if not json:
         print("wrote " + " and ".join(map(str, files)))
 
 

@@ -1,18 +1,16 @@
-"""Ctrl-C on a command line. Python drops a KeyboardInterrupt that comes in a callback of the garbage collector, and jax
-has one: here it is asked again then, and remembered, so that a command can also act on it later."""
+"""Ctrl-C on a command line. Python drops a KeyboardInterrupt that comes in a callback of the garbage collector (jax has
+one) or of a weak reference: here it then comes again, and is remembered, so that a command can also act on it later."""
 
 import asyncio
+import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Coroutine
-from types import FrameType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-
-DEAF = ("_xla_gc_callback", "__del__")
-"""Functions whose exceptions Python drops."""
 
 _asked = False
 
@@ -25,17 +23,21 @@ def remember_interrupts() -> None:
         return
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _remember)
+        sys.unraisablehook = _dropped
 
 
-def _remember(number: int, frame: FrameType | None) -> None:
+def _remember(_number, _frame) -> None:
     global _asked
     _asked = True
-    while frame is not None:
-        if frame.f_code.co_name in DEAF:
-            threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
-            return
-        frame = frame.f_back
     raise KeyboardInterrupt
+
+
+def _dropped(unraisable: Any) -> None:
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        with contextlib.suppress(RuntimeError):  # there are no new threads as Python ends
+            threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def run_async(main: Coroutine[Any, Any, T]) -> T:

@@ -208,13 +208,13 @@ def _draw_curve(run: Path, file: Path, split: str, beams: int, limit: int | None
         points = written_curve(
             fitted.model, fitted.plugin, encoded, beams=beams, batch_size=batch_size, advance=advance
         )
-    plot_curve(fitted.plugin, points, file)
     if json:
         print_json(points)
-        return
-    for point in points:
+    for point in points if not json else ():
         print(f"usage {100 * point['usage']:5.1f} %   Rouge-L {100 * point['rougeL']:.1f}")
-    print(f"wrote {file}")
+    plot_curve(fitted.plugin, points, file)
+    if not json:
+        print(f"wrote {file}")
 
 
 def show(
@@ -239,6 +239,8 @@ def show(
         png: write a picture, too.
         json: print the tokens as JSON and nothing else.
     """
+    from rich.console import Console
+
     from spa_jax import show as shows
     from spa_jax.train import load_run
 
@@ -252,7 +254,8 @@ def show(
     if json:
         print_json(shown.to_json())
         return
-    print_table(shows.as_rich(shown))
+    terminal = Console()
+    print_table(shows.as_rich(shown, marks=terminal.no_color or terminal.color_system is None))
     print(", ".join(f"{name} {100 * value:.0f} %" for name, value in shown.rates.items()))
     for file in written:
         print(f"wrote {file}")

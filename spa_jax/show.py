@@ -23,6 +23,8 @@ WHO = {
 CHARACTER = 9 * 0.602 / 72
 """Inches that a character of matplotlib's monospace font takes at 9 points."""
 COLOURS = {CLOUD: "#4477aa", DEVICE: "#228833", OVERRULED: "#cc3311"}
+MARKS = {CLOUD: "", DEVICE: "_", OVERRULED: "*"}
+"""On both sides of a token, where there are no colours."""
 
 
 @dataclass(frozen=True)
@@ -66,16 +68,17 @@ def show(fitted: Fitted, prompt: str, *, usage: float | None = None, max_new_tok
     return Shown(prompt, tuple(pieces), found.rates())
 
 
-def as_rich(shown: Shown):
-    """For the terminal: a ``rich.text.Text``."""
+def as_rich(shown: Shown, *, marks: bool = False):
+    """For the terminal: a ``rich.text.Text``; with marks instead of colours for one that has none."""
     from rich.text import Text
 
     text = Text(shown.prompt)
     for piece, who, _ in shown.pieces:
-        text.append(piece, style=f"bold {COLOURS[who]}")
+        bare, mark = piece.strip(), MARKS[who] if marks else ""
+        text.append(piece.replace(bare, f"{mark}{bare}{mark}", 1) if bare else piece, style=f"bold {COLOURS[who]}")
     text.append("\n\n")
     for who, meaning in WHO.items():
-        text.append("■ ", style=COLOURS[who])
+        text.append(f"{MARKS[who]}word{MARKS[who]} " if marks else "■ ", style=COLOURS[who])
         text.append(f"{meaning}   ")
     return text
 

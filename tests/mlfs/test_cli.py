@@ -205,6 +205,7 @@ def test_interrupt(monkeypatch, capsys):
 def test_an_interrupt_that_was_lost_ends_the_command_later(monkeypatch, tmp_path):
     """Python drops an exception in a callback of the garbage collector, where Ctrl-C may find it."""
     monkeypatch.setattr(interrupts, "_asked", False)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         interrupts.remember_interrupts()
@@ -220,18 +221,19 @@ def test_an_interrupt_that_was_lost_ends_the_command_later(monkeypatch, tmp_path
 
 def test_an_interrupt_in_a_callback_that_drops_it_comes_again(monkeypatch):
     monkeypatch.setattr(interrupts, "_asked", False)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # as it is now, at the end
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def _xla_gc_callback(phase, _):  # jax's is called so
+    def called(phase, _):
         if phase == "start":
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.01)
 
     try:
         interrupts.remember_interrupts()
-        gc.callbacks.append(_xla_gc_callback)
+        gc.callbacks.append(called)
         gc.collect()
-        gc.callbacks.remove(_xla_gc_callback)
+        gc.callbacks.remove(called)
         with pytest.raises(KeyboardInterrupt):
             time.sleep(2)
     finally:

@@ -124,4 +124,5 @@ def test_colours():
     page = as_html(shown)
     assert "A &lt;b&gt; &amp;" in page and 'class="overruled" title="gate 0.90"' in page
     assert as_rich(shown).plain.startswith("A <b> & x\ny$")
+    assert as_rich(shown, marks=True).plain.startswith("A <b> & x\n*y$*\n\nword the base alone   _word_ with")
     assert _words("one two\nthree") == ["one", " two", "\n", "three"]
