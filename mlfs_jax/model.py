@@ -202,8 +202,8 @@ def forward(
     Derivatives are reverse-mode: an adapter's rule for its gradient has no ``jax.jvp``.
 
     It computes in the type of its base, to which adapters and masks are cast: give it a bfloat16 base
-    (``model.astype``) and float32 adapters, and their gradients are float32. Norms, softmax and a language model's
-    logits are float32 always.
+    (``model.astype``) and float32 adapters, and their gradients are float32. Norms, softmax and a decoder's logits are
+    float32 always.
 
     Args:
         batch: ``input_ids`` and ``attention_mask``, int [B, T], or just what a Hugging Face tokenizer gives with

@@ -307,12 +307,13 @@ def measure(
             steps = {name: compile_decode(model, size, length) for name, model in models.items()}
             decoding[size] = time_in_turn(steps, seconds=seconds)
 
-    rows = []
+    rows, scored = [], examples
     for name, model in models.items():
         advance(f"evaluating {name}")
         scores = evaluate(model, examples, metric)
         if metric not in scores:
-            scores |= evaluate_completions(model, examples.subset(completions))
+            scored = examples.subset(completions)
+            scores |= evaluate_completions(model, scored)
         config, subnet = fitted.model.config, chosen[name]
         ratios = {b: [t / m for t, m in zip(times[b][name], times[b]["maxnet"], strict=True)] for b in batch_sizes}
         rows.append(
@@ -336,7 +337,7 @@ def measure(
         task=fitted.task.name,
         metric=metric,
         split=split,
-        examples=len(examples),
+        examples=len(scored),
         baseline=_commonest(examples) if metric == "accuracy" else 0.0,
         length=length,
         device=device_name(),

@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from mlfs_jax.backbone.tree import STACKED, flatten, map_named
 from mlfs_jax.data.batches import BUCKETS, Batches
 from mlfs_jax.data.encode import Encoded, fingerprint
-from mlfs_jax.data.tokenizer import load_tokenizer, prefix_of
+from mlfs_jax.data.tokenizer import load_tokenizer, prompt_ids
 from mlfs_jax.distill import DistillConfig
 from mlfs_jax.errors import ConfigError, RunError
 from mlfs_jax.fingerprint import hold_base
@@ -307,7 +307,7 @@ def one_shot_prefix(data: Mapping[str, Encoded], tokenizer, positions: float) ->
     train, needed = data["train"], max(int(part.starts.max()) + part.max_completion for part in data.values())
     for row in np.argsort(train.lengths, kind="stable")[len(train) // 2 :: -1]:
         text = tokenizer.decode(train.ids[train.offsets[row] : train.offsets[row + 1]].tolist())
-        prefix = (*prefix_of(tokenizer), *tokenizer.encode(text.strip() + "\n\n", add_special_tokens=False).ids)
+        prefix = tuple(prompt_ids(tokenizer, text.strip() + "\n\n"))
         if len(prefix) + needed <= positions:
             return prefix
     raise ConfigError(

@@ -210,8 +210,9 @@ def _draw_curve(run: Path, file: Path, split: str, beams: int, limit: int | None
         )
     if json:
         print_json(points)
-    for point in points if not json else ():
-        print(f"usage {100 * point['usage']:5.1f} %   Rouge-L {100 * point['rougeL']:.1f}")
+    else:
+        for point in points:
+            print(f"usage {100 * point['usage']:5.1f} %   Rouge-L {100 * point['rougeL']:.1f}")
     plot_curve(fitted.plugin, points, file)
     if not json:
         print(f"wrote {file}")

@@ -114,9 +114,9 @@ class Kit:
         return Device(options.server, self.model, token=token, config=config, fallback=self.fallback)
 
     def encode(self, text: str, *, first: bool = True) -> list[int]:
-        from mlfs_jax.data.tokenizer import utf8
+        from mlfs_jax.data.tokenizer import prompt_ids
 
-        ids = self.tokenizer.encode(utf8(text), add_special_tokens=first).ids
+        ids = prompt_ids(self.tokenizer, text, first=first)
         if not ids:
             raise ConfigError(f"prompt = {text!r} is no token: expected some text.")
         return ids

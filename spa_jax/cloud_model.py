@@ -60,8 +60,16 @@ class DecoderCloud:
 
         Raises:
             ConfigError: a context that the positions of the model do not reach, or sizes below 1.
+            PluginError: a Down of another base.
         """
         config = model.decoder
+        for part in public:
+            rows = config.embed if part.gate is None else len(part.gate) - 1
+            if not part.down.shape[1] == config.embed == rows or max(part.taps, default=0) >= config.layers:
+                raise PluginError(
+                    f"the public Down {part.name} is for {part.down.shape[1]} channels and layers {list(part.taps)}: "
+                    f"the base has {config.embed} channels and {config.layers} layers."
+                )
         if min(slots, context, chunk) < 1:
             raise ConfigError(f"slots = {slots}, context = {context}, chunk = {chunk}: expected at least 1 of each.")
         if config.positions != "alibi" and context > config.max_positions:

@@ -1,19 +1,18 @@
 """The gate: for each token, is the base model enough (sigma = 0), or is the side network needed (sigma = 1)?
 
 SPA (arXiv 2403.07088): sigma = argmax(M_c f(x)), M_c [D, 2], on the last hidden state of the frozen model. argmax has
-no gradient and the released code does not train it. [ours] It learns to tell where the side network would choose
-another token, which needs no labels,
+no gradient and the released code does not train it. [ours] It learns by the marginal likelihood of the mixture, as
+Co-LLM (arXiv 2403.03870) learns whom to ask, with a price on every round trip, without which it would not mind useless
+ones:
 
-    loss = BCE(p, [argmax P_{f+g} != argmax P_f]),    p = softmax(M_c f)_1
+    P(x) = (1 - p) P_f(x) + p P_{f+g}(x),    loss = -log P(x) + price p,    p = softmax(M_c f)_1
 
-so that a round trip is made where it changes the text. At run time sigma = [p >= threshold], the threshold chosen on
-held-out data for a wanted usage. Alternatives: the marginal likelihood of the mixture, as Co-LLM (arXiv 2403.03870)
-learns whom to ask, with a price on every round trip,
+At run time sigma = [p >= threshold], the threshold chosen on held-out data for a wanted usage. Alternatives: a
+straight-through estimator of sigma; where the side network would choose another token, which needs no labels,
 
-    P(x) = (1 - p) P_f(x) + p P_{f+g}(x),    loss = -log P(x) + price p
+    loss = BCE(p, [argmax P_{f+g} != argmax P_f])
 
-which does not mind a useless round trip unless it has a price; a straight-through estimator of sigma; and, as a fixed
-baseline, the similarity to what was seen in training (after CuQA's).
+and, as a fixed baseline, the similarity to what was seen in training (after CuQA's).
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import html
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlfs_jax.data.tokenizer import TextStream, load_tokenizer, utf8
+from mlfs_jax.data.tokenizer import TextStream, load_tokenizer, prompt_ids
 from mlfs_jax.errors import ConfigError
 from mlfs_jax.generate import GenerateConfig
 from mlfs_jax.run import write_atomic
@@ -52,7 +52,7 @@ def show(fitted: Fitted, prompt: str, *, usage: float | None = None, max_new_tok
     """
     model, plugin = fitted.model, fitted.plugin
     tokenizer = load_tokenizer(model.source)
-    ids = tokenizer.encode(utf8(prompt)).ids
+    ids = prompt_ids(tokenizer, prompt)
     if not ids:
         raise ConfigError(f"prompt = {prompt!r} is no token: expected some text.")
     threshold = ALWAYS if not plugin.setting.gated else plugin.threshold

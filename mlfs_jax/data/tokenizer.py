@@ -121,6 +121,15 @@ def prefix_of(tokenizer) -> tuple[int, ...]:
     return tuple(added.ids[:first])
 
 
+def prompt_ids(tokenizer, text: str, *, first: bool = True) -> list[int]:
+    """A text as a model saw the beginnings of texts in training: without what a tokenizer puts behind one.
+
+    Args:
+        first: False leaves out what it puts before one, too.
+    """
+    return [*(prefix_of(tokenizer) if first else ()), *tokenizer.encode(utf8(text), add_special_tokens=False).ids]
+
+
 def named_end(model_dir: str | Path, tokenizer=None) -> int | None:
     """The id of the end-of-text token that tokenizer_config.json names: what ends texts where config.json is silent."""
     try:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from jaxtyping import Array
 
 from mlfs_jax.backbone.tree import Mask
-from mlfs_jax.data.tokenizer import TextStream, load_tokenizer, prefix_of, utf8
+from mlfs_jax.data.tokenizer import TextStream, load_tokenizer, prompt_ids
 from mlfs_jax.errors import DataError
 from mlfs_jax.generate.sampling import GREEDY, GenerateConfig
 from mlfs_jax.generate.session import generate, stream
@@ -64,10 +64,9 @@ def _encode(model: Model, texts: Sequence[str], chat: bool):
             "generate."
         )
     tokenizer = load_tokenizer(model.source)
-    prefix = () if chat else prefix_of(tokenizer)  # a template says for itself what a prompt begins with
     if chat:
-        texts = _as_chats(model, texts)
-    return tokenizer, [[*prefix, *tokenizer.encode(utf8(text), add_special_tokens=False).ids] for text in texts]
+        texts = _as_chats(model, texts)  # a template says for itself what a prompt begins with
+    return tokenizer, [prompt_ids(tokenizer, text, first=not chat) for text in texts]
 
 
 def _as_chats(model: Model, texts: Sequence[str]) -> list[str]:

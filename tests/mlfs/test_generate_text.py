@@ -5,9 +5,10 @@ import shutil
 import sys
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from mlfs_jax.cli import main
-from mlfs_jax.data.tokenizer import load_tokenizer, specials
+from mlfs_jax.data.tokenizer import load_tokenizer, prompt_ids, specials
 from mlfs_jax.errors import ConfigError, DataError
 from mlfs_jax.generate import GenerateConfig, generate, generate_text, stream_text
 from mlfs_jax.generate.text import _decode
@@ -174,3 +175,13 @@ def test_the_command_says_what_is_wrong(folder, capsys, flags, says):
 def test_an_encoder_does_not_generate(tiny_hf, capsys):
     assert main(["generate", "--model", str(tiny_hf), "--prompt", "good"]) == 2
     assert "a decoder is needed here" in capsys.readouterr().err
+
+
+def test_a_prompt_ends_without_the_token_that_ends_texts():
+    tokenizer = Tokenizer(models.WordLevel({"<e>": 0, "<b>": 1, "a": 2, "c": 3}, unk_token="<e>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    around = [("<b>", 1), ("<e>", 0)]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<b> $A <e>", special_tokens=around)
+    assert tokenizer.encode("a c").ids == [1, 2, 3, 0]
+    assert prompt_ids(tokenizer, "a c") == [1, 2, 3]
+    assert prompt_ids(tokenizer, "a c", first=False) == [2, 3]

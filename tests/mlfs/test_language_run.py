@@ -74,6 +74,7 @@ def test_the_palette_has_rouge_perplexity_and_tokens_per_second(folder, capsys):
     scores = evaluate(small, test, "rougeL")
     assert palette.metric == "rougeL" and palette.rows[-1].perplexity == pytest.approx(scores["perplexity"], rel=1e-4)
     assert palette.rows[-1].score == pytest.approx(evaluate_completions(small, test.subset(64))["rougeL"])
+    assert palette.examples == len(test.subset(64))
     assert palette.rows[-1].loss == pytest.approx(np.log(scores["perplexity"]), rel=1e-4)
     assert all(row.tokens_per_s[1] > 0 for row in palette.rows)
     assert (folder / "run" / "palette.png").read_bytes().startswith(b"\x89PNG")

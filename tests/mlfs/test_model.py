@@ -10,10 +10,11 @@ from transformers import BatchEncoding
 
 import mlfs_jax as mlfs
 from mlfs_jax.backbone.layers import ACTIVATIONS, gelu
-from mlfs_jax.backbone.tree import flatten
+from mlfs_jax.backbone.tree import flatten, map_named
 from mlfs_jax.config import ACTIVATIONS as NAMES
 from mlfs_jax.errors import CheckpointError, ConfigError
-from mlfs_jax.model import abstract, build, forward, init_weights
+from mlfs_jax.fingerprint import base_fingerprint
+from mlfs_jax.model import abstract, build, forward, init_model, init_weights
 from tests.mlfs.tiny import FAMILIES, random_lora, tiny_batch, tiny_config, tiny_decoder, tiny_lora, tiny_model
 
 
@@ -201,3 +202,16 @@ def test_public_names_are_there():
         assert getattr(mlfs, name) is not None
     with pytest.raises(AttributeError, match="no_such"):
         _ = mlfs.no_such
+
+
+@pytest.mark.parametrize("axis", [1, 2, 3])
+def test_a_fingerprint_meets_every_channel(axis):
+    """Of a weight whose axes are powers of two, as the step between the numbers that it looks at would be."""
+    model = init_model(tiny_config(embed=64, heads=8, head_dim=8, mlp=64, layers=4), 0)
+
+    def without_odd(name, leaf):
+        odd = (slice(None),) * axis + (slice(1, None, 2),)
+        return leaf[...].at[odd].set(0) if name == "layers.q.kernel" else leaf[...]
+
+    bases = model.base, map_named(without_odd, model.base)
+    assert len({base_fingerprint(model.config, base) for base in bases}) == 2

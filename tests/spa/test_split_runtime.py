@@ -162,6 +162,17 @@ def test_a_side_cache_grows(monkeypatch):
     np.testing.assert_allclose(g, whole, atol=1e-4)
 
 
+def test_a_public_part_of_another_base():
+    part = public_part(side_of("plugin"), gate=True)
+    for change in (
+        {"down": part.down[:, 1:]},
+        {"gate": part.gate[1:]},
+        {"taps": part.taps + 99},
+    ):
+        with pytest.raises(PluginError, match=r"the public Down .* the base has"):
+            DecoderCloud(MODEL, slots=1, context=16, public=[dataclasses.replace(part, **change)])
+
+
 def test_public_parts(tmp_path):
     part = public_part(side_of("plugin"), gate=True)
     back = load_public(save_public(tmp_path / "public" / "down.safetensors", part))
