@@ -135,9 +135,11 @@ def block_influence(model: Model, batches: Iterable[Mapping]) -> Float[np.ndarra
         norms = jnp.linalg.norm(before, axis=-1) * jnp.linalg.norm(after, axis=-1)
         real = batch["attention_mask"].astype(jnp.float32)
         turned = 1 - (before * after).sum(-1) / jnp.maximum(norms, 1e-9)
-        return (turned * real).sum((1, 2)) / real.sum()
+        return (turned * real).sum((1, 2)), real.sum()
 
-    return np.mean([to_host(influence(model.base, beside(model.base, batch))) for batch in batches], 0)
+    found = [jax.tree.map(to_host, influence(model.base, beside(model.base, batch))) for batch in batches]
+    turned, tokens = (sum(column) for column in zip(*found, strict=True))
+    return turned / tokens
 
 
 def _permute(x, axes: tuple[str, ...], order: Order):

@@ -65,7 +65,8 @@ class BaselineConfig:
         steps: optimizer steps; by default 600, and of "lst" as many as of other side networks.
         learning_rate: the peak; by default 1e-3, and 2e-3 for "lst", as for other side networks.
         batch_size: examples in a step.
-        params: about how many parameters to train; by default as many as the default side network of this base has.
+        params: of LoRA and adapters: about how many parameters to train; by default as many as the default side network
+            of this base has.
         unique: of "shared": layers of its own.
         repeats: of "shared": how often each of them is used.
         base_bits: 8 or 4: keep the layers of the frozen base in so many; 32: as they are.
@@ -98,10 +99,15 @@ class BaselineConfig:
             raise ConfigError(
                 f"unique = {self.unique}, repeats = {self.repeats}, params = {self.params}: expected at least 1."
             )
-        if self.method == "lst" and (self.base_bits != 32 or self.params is not None):
+        if self.method == "lst" and self.base_bits != 32:
             raise ConfigError(
-                f"method = 'lst', base_bits = {self.base_bits}, params = {self.params}: LST is the default side "
-                "network over the base as it is; leave both out."
+                f"method = 'lst', base_bits = {self.base_bits}: LST is the default side network over the base as is: "
+                "leave that out."
+            )
+        if self.method not in ("lora", *ADAPTERS) and self.params is not None:
+            raise ConfigError(
+                f"method = {self.method!r}, params = {self.params}: only LoRA and adapters are made to a size: leave "
+                "that out."
             )
         if self.method != "shared" and (self.unique, self.repeats) != (2, 3):
             raise ConfigError(

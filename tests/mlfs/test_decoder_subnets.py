@@ -89,6 +89,10 @@ def test_block_influence_is_one_minus_the_cosine(make):
         a, b = stream[layer][real], stream[layer + 1][real]
         cosine = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
         np.testing.assert_allclose(found, 1 - cosine.mean(), atol=1e-5)
+    short = {name: x[:1, :3] for name, x in batch.items() if x.ndim == 2}  # every token counts as much as another
+    short["attention_mask"] = np.ones((1, 3), np.int32)
+    first, other, both = (block_influence(model, batches) for batches in ([batch], [short], [batch, short]))
+    np.testing.assert_allclose(both, (first * real.sum() + other * 3) / (real.sum() + 3), rtol=1e-5)
 
 
 def test_a_language_model_trains_masked_and_sliced_alike_and_learns():

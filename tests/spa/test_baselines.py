@@ -95,6 +95,9 @@ def test_lst_learns_as_a_side_network_does(config):
     assert BaselineConfig("lora", config.model, config.task).peak == 1e-3
     with pytest.raises(ConfigError, match="unique = 5, repeats = 3: these are of method 'shared'"):
         dataclasses.replace(lst, unique=5)
+    for method in ("lst", "shared", "one-shot", "zero-shot"):
+        with pytest.raises(ConfigError, match=f"method = '{method}', params = 9: only LoRA and adapters"):
+            BaselineConfig(method, config.model, config.task, params=9)
 
 
 def test_shared_layers_are_one_set_of_weights(config):
