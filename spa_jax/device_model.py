@@ -127,7 +127,9 @@ class SideDevice:
     @property
     def flops(self) -> int:
         """Of one token in the side network: two for each weight that it meets; and in the head, where it is here."""
-        weights = sum(x.size for name, x in self._side.net.items() if name.endswith("kernel") or name.endswith(".q"))
+        elsewhere = () if self._terms.public is None else ("down.",)  # the cloud applies it
+        met = {name: x for name, x in self._side.net.items() if not name.startswith(elsewhere)}
+        weights = sum(x.size for name, x in met.items() if name.endswith(("kernel", ".q")))
         return 2 * weights + 2 * sum(x.size for x in jax.tree.leaves(self._head) if x.ndim > 1)
 
 

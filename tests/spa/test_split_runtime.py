@@ -144,6 +144,8 @@ def test_a_plugin_in_int8():
     side, rng = side_of("ladder"), np.random.default_rng(1)
     wide, small = SideDevice(side, base=BASE), SideDevice(side, base=BASE, int8=True)
     assert small.memory["plugin"] < 0.5 * wide.memory["plugin"] and small.flops == wide.flops
+    projected = SideDevice(side, base=BASE, project="cloud")  # which the cloud does
+    assert wide.flops - projected.flops == 2 * side.net["down.kernel"].size
     taps = rng.normal(size=(len(side.tapped) + 1, 3, MODEL.config.embed)).astype(np.float32)
     g, h = (device.side(device.start(), taps, np.arange(3))[0] for device in (wide, small))
     assert np.linalg.norm(g - h) < 0.05 * np.linalg.norm(g)
