@@ -96,7 +96,7 @@ def test_users(tiny_lm, echo_task, tmp_path, capsys):
         ("fit --model {run} --task wiki-description --out x --cache-gb nan", "cache_gb = nan: expected gigabytes"),
         ("fit --model {run} --task wiki-description --out x --learning-rate nan", "^error: learning_rate = nan"),
         ("show {run} --prompt=caf\udce9", "expected text in UTF-8"),
-        ("baseline --method lst --model {run} --task wiki-description --out x --base-bits 4", "leave both out"),
+        ("baseline --method lst --model {run} --task wiki-description --out x --base-bits 4", "leave that out"),
         ("fit --model {run} --task wiki-description --out x --setting s5", "unknown setting 's5'"),
         ("fit --model smollm2-135m --task wiki-description --out x --user=", "user is empty"),
     ],
