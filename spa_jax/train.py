@@ -154,7 +154,7 @@ def fit(
     Returns None when SIGTERM ended it early; Ctrl-C raises KeyboardInterrupt. All is saved, and the same call goes on.
 
     Raises:
-        RunError: ``out`` holds another run.
+        RunError: ``out`` holds another run, or one that began on other weights.
         MLFSError: a name, file or setting is wrong; the message says which.
     """
     console, mesh = console or Console(quiet=not is_writer(), soft_wrap=True), mesh_of_job(mesh)
